@@ -1,0 +1,11 @@
+"""mpengine: fp16 training with FP32 master weights, a dynamic scale for every loss, and one fused step."""
+
+from mpengine import reference, rules
+from mpengine.grad_scaler import GradScaler
+from mpengine.optimizer import MixedPrecisionOptimizer
+from mpengine.precision import prepare
+from mpengine.watchdog import LossScaleCollapse
+
+__version__ = "0.1.0"
+
+__all__ = ["GradScaler", "LossScaleCollapse", "MixedPrecisionOptimizer", "prepare", "reference", "rules"]

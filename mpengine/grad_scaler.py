@@ -1,0 +1,511 @@
+"""`GradScaler`: `torch.amp.GradScaler`'s API with a dynamic scale for every loss."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import OptState
+
+from mpengine import checkpoint, plain
+from mpengine.gradients import Label, Labelled, Ledger, parameters
+from mpengine.kernels import layout
+from mpengine.loss_scales import LossScales
+from mpengine.masters import Ballot
+from mpengine.scaling import FLOAT32_MAX, SMALLEST_SCALE, ScalePolicy, ScaleState
+from mpengine.watchdog import Watchdog
+
+
+class _OptimizerState:
+    """What the scaler knows about one optimizer between two updates."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, row: int) -> None:
+        self.optimizer = weakref.ref(optimizer)
+        self.row = row  # of the votes
+        self.reset()
+
+    def reset(self) -> None:
+        self.stage = OptState.READY
+        self.labels: dict[int, list[Label]] = {}  # consumed, by loss_id
+        self.unscaled_at: int | None = None
+        self.found_inf: dict[torch.device, Tensor] = {}
+
+
+class _ScaleLoss(torch.autograd.Function):
+    """loss -> float32 loss * scale. Its backward is the first node of the pass: there the ledger is told."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, ledger: Ledger, label: Label) -> Tensor:
+        ctx.ledger, ctx.label, ctx.dtype = ledger, label, loss.dtype
+        return _times_scale(loss, label)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        ctx.ledger.begin(ctx.label)
+        return _times_scale(grad, ctx.label).to(ctx.dtype), None, None
+
+
+def _times_scale(value: Tensor, label: Label) -> Tensor:
+    """In FP32 at least: a shape-(1,) fp16 loss of 2 times 65536 would be inf."""
+    assert label.scale is not None  # a label of unscaled gradients never comes from a loss
+    wide = value if value.dtype in (torch.float32, torch.float64) else value.float()
+    return wide * label.scale.to(value.device)
+
+
+class GradScaler(torch.amp.GradScaler):
+    """Scales losses so that their fp16 gradients do not underflow, one dynamic scale for each loss.
+
+    A drop-in for `torch.amp.GradScaler`: the same arguments, methods, stages, errors and `state_dict` keys; with
+    one loss the same sequence of scales, bit for bit. With `mpengine.MixedPrecisionOptimizer` no method waits for
+    the device. The rule of each scale is `scaling.next_state`.
+
+    Args:
+        device: Accepted as `torch.amp.GradScaler`'s first argument. The state is made where the first scaled loss
+            lives, and the scaler never disables itself.
+        init_scale: Each loss's first scale, rounded to float32.
+        growth_factor: What a scale is multiplied by after `growth_interval` clean updates; > 1.
+        backoff_factor: What it is multiplied by after an overflow; in (0, 1).
+        growth_interval: Clean updates in a row before a scale grows.
+        enabled: False makes every method a pass-through, as in torch.
+        num_losses: Losses with a scale of their own, numbered from 0.
+        min_scale: No scale falls below this.
+        max_scale: No scale grows beyond this; None: float32's largest number. With `min_scale == max_scale ==
+            init_scale` the scale is static; an overflow still skips the step.
+        hysteresis: Overflows in a row before a scale backs off. 1 is torch's rule.
+        max_consecutive_skips: This many overflows in a row of one loss raise `LossScaleCollapse`; None: never.
+
+    Raises:
+        ValueError: A number is out of its range.
+
+    Example:
+        >>> scaler = GradScaler(num_losses=2)
+        >>> optimizer = mpengine.prepare(model, torch.optim.AdamW(model.parameters()), scaler)
+        >>> scaler.scale(policy_loss, loss_id=0).backward()
+        >>> scaler.scale(value_loss, loss_id=1).backward()
+        >>> scaler.step(optimizer)
+        >>> scaler.update()
+    """
+
+    def __init__(
+        self,
+        device: str | torch.device = "cuda",
+        init_scale: float = 2.0**16,
+        growth_factor: float = 2.0,
+        backoff_factor: float = 0.5,
+        growth_interval: int = 2000,
+        enabled: bool = True,
+        *,
+        num_losses: int = 1,
+        min_scale: float = SMALLEST_SCALE,
+        max_scale: float | None = None,
+        hysteresis: int = 1,
+        max_consecutive_skips: int | None = 50,
+    ) -> None:
+        # Not torch's constructor: that one turns itself off, with a warning, where there is no CUDA.
+        if num_losses < 1:
+            raise ValueError(f"num_losses is {num_losses}; it must be at least 1.")
+        if max_consecutive_skips is not None and max_consecutive_skips < 1:
+            raise ValueError(f"max_consecutive_skips is {max_consecutive_skips}; give at least 1, or None for never.")
+        ceiling = FLOAT32_MAX if max_scale is None else max_scale
+        self._policy = ScalePolicy(growth_factor, backoff_factor, growth_interval, min_scale, ceiling, hysteresis)
+        self._check_scale(init_scale, "init_scale")
+        self._device = torch.device(device).type
+        self._enabled = enabled
+        self.num_losses = num_losses
+        start = ScaleState(float(torch.tensor(init_scale, dtype=torch.float32)), hysteresis_left=hysteresis)
+        self._start = [start] * num_losses  # the state until the first scaled loss says where it lives
+        self._watchdog = Watchdog(max_consecutive_skips)
+        self._make_transient()
+
+    def _make_transient(self) -> None:
+        """What is neither saved nor copied."""
+        self._device_state: LossScales | None = None
+        self._states: dict[int, _OptimizerState] = {}
+        self._ledger = Ledger(self.num_losses > 1, self._name_of)
+
+    # The device state.
+
+    def __getattr__(self, name: str) -> Any:
+        """The private attributes of torch's class that other libraries read: None before the first `scale()`.
+
+        `_scale` is float32 and `_growth_tracker` int32, 0-dim with one loss, else of shape (num_losses,).
+        """
+        if name not in ("_scale", "_growth_tracker"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        state = self.__dict__.get("_device_state")
+        if state is None:
+            return None
+        values = state.scales if name == "_scale" else state.counters[:, layout.GROWTH_TRACKER]
+        return values[0] if self.num_losses == 1 else values
+
+    def _lazy_init_scale_growth_tracker(self, dev: torch.device) -> None:
+        self._device_state = LossScales(self._start, self._policy, dev, rows=max(8, len(self._states)))
+
+    def _initialized(self, caller: str) -> LossScales:
+        if self._device_state is None:
+            raise AssertionError(
+                f"Attempted {caller} but _scale is None. This may indicate your script did not use "
+                "scaler.scale(loss or outputs) earlier in the iteration."
+            )
+        return self._device_state
+
+    def _check_loss_id(self, loss_id: int) -> int:
+        if not isinstance(loss_id, int) or not 0 <= loss_id < self.num_losses:
+            raise ValueError(
+                f"loss_id is {loss_id!r}; this scaler has num_losses={self.num_losses}, so it must be an int in "
+                f"[0, {self.num_losses - 1}]. Construct GradScaler(num_losses=...) with as many as you need."
+            )
+        return loss_id
+
+    def _check_scale(self, value: float, name: str) -> None:
+        if not (math.isfinite(value) and self._policy.min_scale <= value <= self._policy.max_scale):
+            raise ValueError(
+                f"{name} is {value}; a scale must be finite and lie between min_scale ({self._policy.min_scale:g}) "
+                f"and max_scale ({self._policy.max_scale:g})."
+            )
+
+    # Scaling.
+
+    def watch(self, optimizer: torch.optim.Optimizer) -> None:
+        """Follows the gradients of this optimizer's parameters through every backward pass.
+
+        `mpengine.prepare` does it. A plain torch optimizer needs it when there are several losses, before the
+        first backward pass; with one loss it happens at the first `unscale_` or `step`.
+        """
+        self._ledger.watch(optimizer)
+
+    def scale(self, outputs: Tensor | Iterable[Tensor], loss_id: int = 0) -> Any:
+        """The loss (or an iterable of losses) times the scale of `loss_id`, in FP32.
+
+        Args:
+            outputs: Floating-point tensors that require grad, of any shape.
+            loss_id: The loss, in [0, num_losses).
+
+        Returns:
+            float32 (float64 for a float64 loss) in the structure of `outputs`; `outputs` itself when disabled.
+
+        Raises:
+            ValueError: `loss_id` is out of range, or `outputs` is no tensor.
+            RuntimeError: A loss requires no grad.
+        """
+        if not self._enabled:
+            return outputs
+        self._check_loss_id(loss_id)
+        if isinstance(outputs, Tensor):
+            return self._scale_one(outputs, loss_id)
+        if isinstance(outputs, (list, tuple)):
+            scaled = (self.scale(value, loss_id) for value in outputs)
+            return type(outputs)(*scaled) if hasattr(outputs, "_fields") else type(outputs)(scaled)
+        if isinstance(outputs, Iterable):
+            return map(lambda value: self.scale(value, loss_id), outputs)
+        raise ValueError(f"outputs must be a Tensor or an iterable of Tensors, not {type(outputs).__name__}")
+
+    def _scale_one(self, loss: Tensor, loss_id: int) -> Tensor:
+        if loss.is_complex():
+            raise ValueError(f"loss {loss_id} is {loss.dtype}; scale a real loss, for example loss.abs().")
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise RuntimeError(
+                f"loss {loss_id} (shape {tuple(loss.shape)}) requires no grad, so there is nothing to scale it for: "
+                "it was computed under no_grad, detached, or from frozen parameters alone."
+            )
+        if self._device_state is None:
+            self._lazy_init_scale_growth_tracker(loss.device)
+        label = self._initialized("scale").labels[loss_id]
+        return _ScaleLoss.apply(loss, self._ledger, label)
+
+    # Unscaling and stepping.
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        """Turns the pending gradients of all losses into one unscaled gradient, for clipping or inspection.
+
+        For a plain torch optimizer the FP32 `.grad` becomes the unscaled sum. For a `MixedPrecisionOptimizer` the
+        unscaled FP32 sum appears as `.grad` of `optimizer.master_params()`, and the same tensor as `.grad` of the
+        fp16 parameter, so that `clip_grad_norm_` works on either.
+
+        Raises:
+            RuntimeError: It was called already since the last `update()`, or after `step()`.
+            ValueError: A plain torch optimizer holds fp16 gradients.
+        """
+        if not self._enabled:
+            return
+        self._initialized("unscale_")
+        state = self._state(optimizer)
+        if state.stage is OptState.UNSCALED:
+            raise RuntimeError("unscale_() has already been called on this optimizer since the last update().")
+        if state.stage is OptState.STEPPED:
+            raise RuntimeError("unscale_() is being called after step().")
+        pending = self._pending(optimizer)
+        unscale = getattr(optimizer, "_unscale", None)
+        if unscale is not None:
+            unscale()
+        else:
+            ballots = self._ballots(state, pending)
+            state.found_inf = plain.unscale(optimizer, pending, self._vote_row(optimizer), ballots)
+        for param, labelled in zip(parameters(optimizer), pending, strict=True):
+            if labelled and param.grad is not None:
+                self._ledger.unscaled(param, Label(labelled[0][0].loss_id, None, counted=True))
+        self._consume(state, pending)
+        state.stage = OptState.UNSCALED
+        state.unscaled_at = self._ledger.passes
+
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        """Steps the optimizer, or skips the step where a gradient overflowed.
+
+        A `MixedPrecisionOptimizer` decides on the device. A plain torch optimizer is stepped as
+        `torch.amp.GradScaler` does it: without a sync where it is fused, otherwise after one.
+
+        Returns:
+            What `optimizer.step(*args, **kwargs)` returned; None where the host skipped it.
+
+        Raises:
+            RuntimeError: A closure was passed, it has stepped since the last `update()`, or with several losses a
+                plain optimizer was not watched.
+            AssertionError: No `scale()` came before, or no parameter has a gradient.
+        """
+        if not self._enabled:
+            return optimizer.step(*args, **kwargs)
+        if "closure" in kwargs or (args and callable(args[0])):
+            raise RuntimeError(
+                "Closure use is not currently supported if GradScaler is enabled: call closure() yourself, scale its "
+                "loss, backward(), then scaler.step(optimizer)."
+            )
+        self._initialized("step")
+        attach = getattr(optimizer, "_attach", None)
+        if attach is not None:  # a MixedPrecisionOptimizer; its step() does the rest with this scaler
+            attach(self)
+            return optimizer.step(*args, **kwargs)
+        state = self._begin_step(optimizer)
+        if state.stage is OptState.READY:
+            self.unscale_(optimizer)
+        if not state.found_inf:
+            raise AssertionError("No inf checks were recorded for this optimizer.")
+        result = plain.step(optimizer, state.found_inf, args, kwargs)
+        state.stage = OptState.STEPPED
+        self._ledger.consumed(optimizer)
+        return result
+
+    def _begin_step(self, optimizer: torch.optim.Optimizer) -> _OptimizerState:
+        self._initialized("step")
+        state = self._state(optimizer)
+        if state.stage is OptState.STEPPED:
+            raise RuntimeError("step() has already been called since the last update().")
+        return state
+
+    def _end_step(self, optimizer: torch.optim.Optimizer, pending: list[list[Labelled]]) -> None:
+        state = self._state(optimizer)
+        self._consume(state, pending)
+        state.stage = OptState.STEPPED
+        self._ledger.consumed(optimizer)
+
+    def _state(self, optimizer: torch.optim.Optimizer) -> _OptimizerState:
+        state = self._states.get(id(optimizer))
+        if state is None or state.optimizer() is not optimizer:
+            if not self._ledger.watches(optimizer):
+                if self.num_losses > 1:
+                    raise RuntimeError(
+                        f"this scaler has {self.num_losses} losses and does not watch this "
+                        f"{type(optimizer).__name__}, so it cannot tell their gradients apart. Call "
+                        "scaler.watch(optimizer) before the first backward pass, or use mpengine.prepare(model, optimizer, scaler)."
+                    )
+                self._ledger.watch(optimizer)
+            alive = {key: old for key, old in self._states.items() if old.optimizer() is not None}
+            taken = {old.row for old in alive.values()}
+            row = next(i for i in range(len(taken) + 1) if i not in taken)
+            state = alive[id(optimizer)] = _OptimizerState(optimizer, row)
+            self._states = alive
+        return state
+
+    def _pending(self, optimizer: torch.optim.Optimizer) -> list[list[Labelled]]:
+        """The pending (label, gradient) pairs of each parameter, in order of loss_id."""
+        labels = self._initialized("step").labels
+        return self._ledger.sources(optimizer, labels.__getitem__, self._state(optimizer).unscaled_at)
+
+    def _consume(self, state: _OptimizerState, pending: list[list[Labelled]]) -> None:
+        for label in {id(label): label for labelled in pending for label, _ in labelled}.values():
+            if label.scale is not None or not label.counted:
+                state.labels.setdefault(label.loss_id, []).append(label)
+
+    def _ballots(self, state: _OptimizerState, pending: list[list[Labelled]]) -> list[Ballot]:
+        """How these gradients, and those that `unscale_` took before, vote on each loss."""
+        labels = {k: list(consumed) for k, consumed in state.labels.items()}
+        for label in {id(label): label for labelled in pending for label, _ in labelled}.values():
+            labels.setdefault(label.loss_id, []).append(label)
+        return [_ballot(labels.get(k, [])) for k in range(self.num_losses)]
+
+    def _vote_row(self, optimizer: torch.optim.Optimizer) -> Tensor:
+        return self._initialized("step").vote_row(self._state(optimizer).row)
+
+    # Updating.
+
+    def update(self, new_scale: float | Tensor | None = None, *, loss_id: int | None = None) -> None:
+        """Moves the scale of every loss that an optimizer has consumed since the last update.
+
+        A backward pass counts once, however many optimizers step between however many updates.
+
+        Args:
+            new_scale: Sets the scale instead: a float, or a float32 tensor of one element.
+            loss_id: Updates this loss alone; None: all.
+
+        Raises:
+            AssertionError: No `scale()` came before, or no optimizer has stepped or unscaled since the last update.
+            LossScaleCollapse: A loss has overflowed `max_consecutive_skips` times in a row.
+        """
+        if not self._enabled:
+            return
+        device_state = self._initialized("update")
+        losses = range(self.num_losses) if loss_id is None else [self._check_loss_id(loss_id)]
+        states = [s for s in self._states.values() if any(k in s.labels for k in losses)]
+        if new_scale is not None:
+            value = self._checked_scale(new_scale)
+            for k in losses:
+                device_state.set_scale(k, value)
+        elif not states:
+            raise AssertionError(
+                "No inf checks were recorded prior to update."
+                + ("" if loss_id is None else f" No optimizer has consumed loss {loss_id} since its last update.")
+            )
+        else:
+            consumed = {k: [label for state in states for label in state.labels.get(k, [])] for k in losses}
+            device_state.update(consumed, losses)
+        for state in self._states.values():
+            for k in losses:
+                state.labels.pop(k, None)
+            if not state.labels:
+                state.reset()
+        if new_scale is None:
+            self._watchdog.look(device_state.counters, device_state.scales, self._overflowed_parameters)
+
+    def _checked_scale(self, new_scale: float | Tensor) -> float | Tensor:
+        if not isinstance(new_scale, Tensor):
+            self._check_scale(float(new_scale), "new_scale")
+            return float(new_scale)
+        if new_scale.dtype != torch.float32 or new_scale.numel() != 1 or new_scale.requires_grad:
+            raise AssertionError(
+                "new_scale should be a float or a 1-element torch.float32 tensor with requires_grad=False, not "
+                f"{new_scale.dtype} of {new_scale.numel()} elements with requires_grad={new_scale.requires_grad}."
+            )
+        return new_scale.detach().reshape(()).clamp(self._policy.min_scale, self._policy.max_scale)
+
+    def _name_of(self, param: Tensor) -> str:
+        for optimizer in self._ledger.optimizers:
+            name_of = getattr(optimizer, "_name_of", None)
+            name = name_of(param) if name_of is not None else None
+            if name is not None:
+                return str(name)
+        return f"a parameter of shape {tuple(param.shape)}"
+
+    def _overflowed_parameters(self, loss_id: int) -> list[str]:
+        names: list[str] = []
+        for state in self._states.values():
+            optimizer = state.optimizer()
+            if optimizer is not None:
+                by_loss = getattr(optimizer, "overflowed_parameters", None)
+                names += by_loss(loss_id) if by_loss is not None else plain.overflowed_parameters(optimizer)
+        return names
+
+    # Reading and setting.
+
+    def is_enabled(self) -> bool:
+        """Whether this scaler does anything."""
+        return self._enabled
+
+    def statistics(self) -> list[ScaleState]:
+        """The state of every loss's scale, read from the device (one sync)."""
+        return list(self._start) if self._device_state is None else self._device_state.states()
+
+    def get_scale(self, loss_id: int = 0) -> float:
+        """The scale of a loss, read from the device (one sync); 1.0 when disabled."""
+        if not self._enabled:
+            return 1.0
+        self._check_loss_id(loss_id)
+        state = self._device_state
+        return self._start[loss_id].scale if state is None else float(state.scales[loss_id])
+
+    def get_growth_factor(self) -> float:
+        """The growth factor."""
+        return self._policy.growth_factor
+
+    def set_growth_factor(self, new_factor: float) -> None:
+        """Sets the growth factor, > 1."""
+        self._set_policy(growth_factor=new_factor)
+
+    def get_backoff_factor(self) -> float:
+        """The backoff factor."""
+        return self._policy.backoff_factor
+
+    def set_backoff_factor(self, new_factor: float) -> None:
+        """Sets the backoff factor, in (0, 1)."""
+        self._set_policy(backoff_factor=new_factor)
+
+    def get_growth_interval(self) -> int:
+        """Clean updates in a row before a scale grows."""
+        return self._policy.growth_interval
+
+    def set_growth_interval(self, new_interval: int) -> None:
+        """Sets the growth interval, at least 1."""
+        self._set_policy(growth_interval=new_interval)
+
+    def _set_policy(self, **changes: Any) -> None:
+        self._policy = replace(self._policy, **changes)
+        if self._device_state is not None:
+            self._device_state.set_policy(self._policy)
+
+    def _get_growth_tracker(self) -> int:
+        return self.statistics()[0].growth_tracker if self._enabled else 0
+
+    def _found_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[Any, Any]:
+        return self._state(optimizer).found_inf
+
+    # Saving and loading.
+
+    def state_dict(self) -> dict[str, Any]:
+        """The keys of torch (lists with several losses), and the rest under "mpengine"; {} when disabled."""
+        if not self._enabled:
+            return {}
+        return checkpoint.pack_scaler(self.statistics(), self._policy)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads the state of this class or of `torch.amp.GradScaler`; a state of one loss goes to every loss.
+
+        Raises:
+            RuntimeError: The state is empty, lacks a key, or is of another number of losses; nothing is changed.
+        """
+        if not self._enabled:
+            return
+        if len(state_dict) == 0:
+            raise RuntimeError(
+                "The source state dict is empty, possibly because it was saved from a disabled instance of GradScaler."
+            )
+        policy, states = checkpoint.parse_scaler(state_dict, self._policy, self.num_losses)
+        self._policy = policy
+        self._start = states
+        self._watchdog.forget()
+        if self._device_state is not None:
+            self._device_state.set_states(states)
+            self._device_state.set_policy(policy)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if any(state.stage is not OptState.READY for state in self._states.values()):
+            raise AssertionError(
+                "A GradScaler instance may only be pickled at the beginning of an iteration, or at the end after "
+                "scaler.update()."
+            )
+        kept = ("_policy", "_device", "_enabled", "num_losses", "_watchdog")
+        return {**{name: self.__dict__[name] for name in kept}, "_start": self.statistics()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._make_transient()
+
+
+def _ballot(labels: list[Label]) -> Ballot:
+    if not labels or all(label.scale is None and label.counted for label in labels):
+        return Ballot(layout.ABSENT)
+    if any(not label.counted for label in labels):
+        return Ballot(layout.FRESH)
+    return Ballot(layout.STALE, next((label.scale for label in labels if label.scale is not None), None))

@@ -1,0 +1,210 @@
+"""Masters, optimizer state and gradients as the device sees them: flat FP32 arenas and the tables of pointers.
+
+`Entry` is one tensor of an optimizer, `TensorTable` all of them on one device, `SourceTable` the gradients that
+a step consumes. Each table stands twice: as Python lists, which `mpengine.reference` reads, and as int64 rows
+on the device, which the kernels read (`kernels.layout` numbers the columns).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpengine.kernels import layout
+from mpengine.rules import Rule
+
+KINDS = {torch.float16: layout.FLOAT16, torch.bfloat16: layout.BFLOAT16, torch.float32: layout.FLOAT32}
+_ARENA_ALIGNMENT = 64  # elements: every slice of an arena starts on 256 bytes
+
+
+@dataclass
+class Entry:
+    """One tensor of an optimizer.
+
+    Attributes:
+        param: The model's parameter: fp16, bf16 or FP32.
+        master: FP32, the parameter's shape and strides; `param` itself where that is FP32.
+        slots: The rule's FP32 state, in the order of `rule.slots`.
+        group: Index of its param group.
+        rule: The update rule.
+        write_back: Whether the step writes `master`, rounded, into `param`.
+    """
+
+    param: Tensor
+    master: Tensor
+    slots: tuple[Tensor, ...]
+    group: int
+    rule: Rule
+    write_back: bool
+
+
+class Source(NamedTuple):
+    """A gradient that waits for the step: `grad / scale` is its share of the true gradient."""
+
+    grad: Tensor
+    scale: Tensor | None  # float32, one element, on the gradient's device; None stands for 1.0
+    loss_id: int
+
+
+class Ballot(NamedTuple):
+    """How an optimizer consumes one loss: `layout.ABSENT`, `FRESH` or `STALE`, and the scale behind it."""
+
+    kind: int
+    scale: Tensor | None = None
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the tensor's elements fill one stretch of memory, in whatever order of dimensions."""
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
+        if stride != expected and tensor.numel() > 0:
+            return False
+        expected *= size
+    return True
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether element i of `a`'s memory is element i of the dense `b`'s (strides of size-1 dimensions are moot)."""
+    return a.shape == b.shape and all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """The elements of a dense tensor in the order of memory, shape (numel,). A view."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
+
+
+def arena(like: Sequence[Tensor], fill: float | None = 0.0) -> list[Tensor]:
+    """FP32 tensors with the shapes, strides and device of `like`, cut from one allocation.
+
+    Args:
+        like: Dense tensors, all on one device.
+        fill: The initial value; None leaves the memory uninitialised.
+    """
+    if not like:
+        return []
+    sizes = [-(-t.numel() // _ARENA_ALIGNMENT) * _ARENA_ALIGNMENT for t in like]
+    whole = torch.empty(sum(sizes), dtype=torch.float32, device=like[0].device)
+    if fill is not None:
+        whole.fill_(fill)
+    offsets = np.cumsum([0, *sizes]).tolist()
+    return [whole.as_strided(t.shape, t.stride(), start) for t, start in zip(like, offsets, strict=False)]
+
+
+def _aligned(*tensors: Tensor) -> bool:
+    return all(t.data_ptr() % 16 == 0 for t in tensors)
+
+
+def _chunks(indices: Sequence[int], numels: Sequence[int], chunk: int) -> np.ndarray:
+    """int32[P, 2]: (tensor, chunk) of each program."""
+    counts = np.array([-(-n // chunk) for n in numels], dtype=np.int64)
+    owner = np.repeat(np.array(indices, dtype=np.int32), counts)
+    starts = np.repeat(np.cumsum(counts) - counts, counts)
+    number = np.arange(counts.sum(), dtype=np.int64) - starts
+    return np.stack([owner, number.astype(np.int32)], axis=1)
+
+
+class TensorTable:
+    """All tensors of an optimizer on one device, and what the kernels keep about each.
+
+    Attributes:
+        entries: The tensors.
+        rows: int64[T, layout.ROW].
+        inspect_chunks: int32[P, 2], (tensor, chunk) of each program of inspect.
+        update_chunks: The same for update, for each rule that occurs.
+        steps: int32[T], steps that each tensor has taken.
+        scalars: float32[T, layout.SCALARS], written by decide, read by update.
+        stamps: int32[T, L], the attempt at which a loss last overflowed in this tensor; 0: never.
+        found: int32[L], the attempt at which a loss last overflowed on this device.
+        partials: float64[P], each program's sum of squares of the unscaled gradient.
+        counts: int32[layout.COUNTS], steps taken and skipped.
+        decision: float32[layout.DECISION].
+    """
+
+    def __init__(self, entries: Sequence[Entry], num_losses: int, device: torch.device) -> None:
+        self.entries = list(entries)
+        self.num_losses = num_losses
+        self.device = device
+        numels = [e.param.numel() for e in self.entries]
+        rows = np.zeros((len(self.entries), layout.ROW), dtype=np.int64)
+        for row, entry in zip(rows, self.entries, strict=True):
+            row[layout.PARAM_PTR] = entry.param.data_ptr() if entry.write_back else 0
+            row[layout.MASTER_PTR] = entry.master.data_ptr()
+            for i, slot in enumerate(entry.slots):
+                row[layout.SLOT_PTR + i] = slot.data_ptr()
+            row[layout.NUMEL] = entry.param.numel()
+            row[layout.GROUP] = entry.group
+            aligned = layout.ALIGNED if _aligned(entry.param, entry.master, *entry.slots) else 0
+            row[layout.FORMAT] = KINDS[entry.param.dtype] + aligned
+        self.rows = torch.from_numpy(rows).to(device)
+        self.param_kinds = frozenset(KINDS[e.param.dtype] for e in self.entries if e.write_back)
+        every = range(len(self.entries))
+        self.inspect_chunks = torch.from_numpy(_chunks(every, numels, layout.INSPECT_CHUNK)).to(device)
+        self.update_chunks: dict[Rule, Tensor] = {}
+        for rule in dict.fromkeys(e.rule for e in self.entries):
+            chosen = [i for i in every if self.entries[i].rule == rule]
+            chunks = _chunks(chosen, [numels[i] for i in chosen], layout.UPDATE_CHUNK)
+            self.update_chunks[rule] = torch.from_numpy(chunks).to(device)
+        count = len(self.entries)
+        self.steps = torch.zeros(count, dtype=torch.int32, device=device)
+        self.scalars = torch.zeros(count, layout.SCALARS, dtype=torch.float32, device=device)
+        self.stamps = torch.zeros(count, num_losses, dtype=torch.int32, device=device)
+        self.found = torch.zeros(num_losses, dtype=torch.int32, device=device)
+        self.partials = torch.zeros(len(self.inspect_chunks), dtype=torch.float64, device=device)
+        self.counts = torch.zeros(layout.COUNTS, dtype=torch.int32, device=device)
+        self.decision = torch.tensor([0.0, 1.0, 0.0, 0.0], dtype=torch.float32, device=device)
+
+
+class SourceTable:
+    """The gradients that one step consumes, and the ballots on their losses.
+
+    Attributes:
+        entries: For each tensor of a `TensorTable` its sources in order of loss_id; none for an idle tensor.
+        ballots: One for each loss.
+        rows: int64[T, width, layout.SOURCE].
+        ballot_rows: int64[L, layout.BALLOT].
+        kinds: The element kinds that occur among the gradients.
+        width: The most sources of any tensor; 1, or `layout.MAX_SOURCES`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.entries: list[list[Source]] = []
+        self.ballots: list[Ballot] = []
+        self._uploaded = b""
+        self._staging: list[Tensor] = []
+
+    def set(self, entries: list[list[Source]], ballots: list[Ballot]) -> None:
+        """Describes the gradients of the next step; uploads only when a pointer changed, without a sync."""
+        self.entries, self.ballots = entries, ballots
+        self.width = 1 if max(map(len, entries), default=0) <= 1 else layout.MAX_SOURCES
+        self.kinds = frozenset(KINDS[source.grad.dtype] for sources in entries for source in sources)
+        count = len(entries) * self.width * layout.SOURCE
+        table = np.zeros(count + len(ballots) * layout.BALLOT, dtype=np.int64)
+        rows = table[:count].reshape(len(entries), self.width, layout.SOURCE)
+        for row, sources in zip(rows, entries, strict=True):
+            for column, (grad, scale, loss_id) in zip(row, sources, strict=False):
+                pointer = grad.data_ptr() or 16  # an empty gradient has no address, but its tensor takes the step
+                aligned = layout.ALIGNED if pointer % 16 == 0 else 0
+                column[:] = (pointer, 0 if scale is None else scale.data_ptr(), KINDS[grad.dtype] + aligned, loss_id)
+        for row, ballot in zip(table[count:].reshape(-1, layout.BALLOT), ballots, strict=True):
+            row[:] = (ballot.kind, 0 if ballot.scale is None else ballot.scale.data_ptr())
+        content = table.tobytes()
+        if content != self._uploaded:
+            self._upload(torch.from_numpy(table))
+            self._uploaded = content
+        self.rows = self._device_table[:count].view(len(entries), self.width, layout.SOURCE)
+        self.ballot_rows = self._device_table[count:].view(len(ballots), layout.BALLOT)
+
+    def _upload(self, table: Tensor) -> None:
+        if self.device.type != "cuda":
+            self._device_table = table
+            return
+        if not torch.cuda.is_current_stream_capturing():
+            self._staging.clear()  # a captured copy reads its staging buffer again at every replay
+        self._staging.append(table.pin_memory())
+        self._device_table = self._staging[-1].to(self.device, non_blocking=True)

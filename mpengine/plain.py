@@ -1,0 +1,130 @@
+"""Plain torch optimizers under our scaler: unscaling their FP32 gradients in place, and stepping them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpengine.gradients import Label, Labelled, parameters
+from mpengine.kernels import layout
+from mpengine.masters import Ballot
+
+
+@torch.no_grad()
+def unscale(
+    optimizer: torch.optim.Optimizer, pending: list[list[Labelled]], votes: Tensor, ballots: list[Ballot]
+) -> dict[torch.device, Tensor]:
+    """Turns `.grad` of every parameter into the unscaled sum of its pending gradients, and casts the votes.
+
+    Args:
+        optimizer: FP32 (or bf16, float64) parameters; gradients may be sparse.
+        pending: For each parameter its (label, gradient) pairs in order of loss_id.
+        votes: float32[L, layout.VOTE], written.
+        ballots: One for each loss.
+
+    Returns:
+        For each device found_inf, float32 of one element: not 0 where a gradient was inf or NaN.
+
+    Raises:
+        ValueError: A gradient is fp16: without masters it cannot be unscaled. Nothing is changed.
+    """
+    for i, labelled in enumerate(pending):
+        for _, grad in labelled:
+            if grad.dtype == torch.float16:
+                raise ValueError(
+                    f"Attempting to unscale FP16 gradients: parameter {i} of this {type(optimizer).__name__} is "
+                    "fp16 and has no FP32 master. Wrap the optimizer: optimizer = mpengine.prepare(model, optimizer, scaler)."
+                )
+    batches: dict[tuple[torch.device, torch.dtype, int], tuple[Label, list[Tensor]]] = {}
+    for labelled in pending:
+        for label, grad in labelled:
+            values = grad._values() if grad.is_sparse else grad
+            key = (grad.device, grad.dtype, id(label))
+            batches.setdefault(key, (label, []))[1].append(values)
+    found: dict[torch.device, Tensor] = {}
+    for (device, _, _), (label, grads) in batches.items():
+        each = found.setdefault(device, torch.zeros(len(ballots), dtype=torch.float32, device=device))
+        inverse = torch.ones((), device=device)
+        if label.scale is not None:
+            inverse = label.scale.double().reciprocal().float().to(device, non_blocking=True)
+        torch._amp_foreach_non_finite_check_and_unscale_(grads, each[label.loss_id], inverse)
+    for param, labelled in zip(parameters(optimizer), pending, strict=True):
+        if len(labelled) > 1:
+            total = labelled[0][1]
+            for _, grad in labelled[1:]:
+                total = total + grad
+            param.grad = total
+    _check_results(optimizer, found, ballots, pending)
+    overflowed = sum((each.to(votes.device) for each in found.values()), torch.zeros_like(votes[:, 0]))
+    cast_votes(votes, ballots, overflowed != 0)
+    return {device: each.sum() for device, each in found.items()}
+
+
+def _check_results(
+    optimizer: torch.optim.Optimizer,
+    found: dict[torch.device, Tensor],
+    ballots: list[Ballot],
+    pending: list[list[Labelled]],
+) -> None:
+    """A finite gradient may overflow as it is multiplied by 1 / scale, or added to another: look at the result too."""
+    consumed = [i for i, ballot in enumerate(ballots) if ballot.kind != layout.ABSENT]
+    results: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for param, labelled in zip(parameters(optimizer), pending, strict=True):
+        if param.grad is not None and (len(labelled) > 1 or _may_overflow(labelled)):
+            values = param.grad._values() if param.grad.is_sparse else param.grad
+            results.setdefault((values.device, values.dtype), []).append(values)
+    for (device, _), grads in results.items():
+        one = torch.ones((), device=device)
+        overflow = torch.zeros((), device=device)
+        torch._amp_foreach_non_finite_check_and_unscale_(grads, overflow, one)
+        unexplained = overflow * (found[device].sum() == 0)  # otherwise the guilty loss is known
+        for k in consumed:
+            found[device][k] += unexplained
+
+
+def _may_overflow(labelled: list[Labelled]) -> bool:
+    scale = labelled[0][0].scale
+    return scale is not None and (scale.device.type != "cpu" or float(scale) < 1.0)
+
+
+def cast_votes(votes: Tensor, ballots: list[Ballot], overflowed: Tensor) -> None:
+    """Writes float32[L, layout.VOTE] from bool[L], without a sync."""
+    clean = [layout.CLEAN if ballot.kind == layout.FRESH else layout.NO_VOTE for ballot in ballots]
+    bad = {layout.ABSENT: layout.NO_VOTE, layout.FRESH: layout.OVERFLOW, layout.STALE: layout.STALE_OVERFLOW}
+    for k, ballot in enumerate(ballots):
+        votes[k, 0] = clean[k] + overflowed[k].to(votes.device) * float(bad[ballot.kind] - clean[k])
+        votes[k, 1] = 0.0 if ballot.scale is None else ballot.scale
+
+
+def step(
+    optimizer: torch.optim.Optimizer,
+    found_inf: dict[torch.device, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Steps, unless a gradient overflowed; a fused optimizer decides on the device, for others this is one sync."""
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        first, *others = found_inf.values()
+        total = sum((other.to(first.device, non_blocking=True) for other in others), first)
+        optimizer.grad_scale = getattr(optimizer, "grad_scale", None)  # type: ignore[attr-defined]
+        optimizer.found_inf = (total != 0).float()  # type: ignore[attr-defined]  # torch's kernels test == 1
+        try:
+            return optimizer.step(*args, **kwargs)
+        finally:
+            del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+    if any(found.item() != 0 for found in found_inf.values()):
+        return None
+    return optimizer.step(*args, **kwargs)
+
+
+def overflowed_parameters(optimizer: torch.optim.Optimizer) -> list[str]:
+    """Names of the parameters whose gradient is not finite now."""
+    return [
+        f"group {g}, parameter {i} of shape {tuple(param.shape)}"
+        for g, group in enumerate(optimizer.param_groups)
+        for i, param in enumerate(group["params"])
+        if param.grad is not None
+        and not bool(torch.isfinite(param.grad._values() if param.grad.is_sparse else param.grad).all())
+    ]

@@ -1,0 +1,316 @@
+"""The numerical specification, and the CPU path.
+
+Every function here has a twin of the same name and signature in `kernels.launch`. All arithmetic on elements is
+FP32 in the order written, without contraction into fused multiply-adds, with correctly rounded division and
+square root; scalars are computed in float64 and rounded once. So the reference, the Triton interpreter and the
+GPU give the same bits, except for the order in which sums of squares are added.
+
+A step is three calls:
+
+```
+inspect   reads every pending gradient once: x_k = float32(g_k) * inv_scale_k; total = x_0 + x_1 + ...
+          -> which losses overflowed in which tensor; sums of squares of total
+decide    -> skip or not, the clip coefficient, step counts, per-tensor scalars, votes for the scaler
+update    -> total * clip through the rule into master and slots; param = rounded master
+```
+
+and `update_scale` moves the scales. Element loops are blocked so that a block's temporaries stay in the cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpengine.kernels import layout
+from mpengine.masters import Source, SourceTable, TensorTable, flat
+from mpengine.rules import Family, Rule
+from mpengine.scaling import ScalePolicy, ScaleState, Vote, next_state
+
+BLOCK = 65536  # elements: the temporaries of a block (about 2 MB) stay in the cache
+
+
+@torch.no_grad()
+def inspect(table: TensorTable, sources: SourceTable) -> None:
+    """Reads every pending gradient once; writes `table.stamps`, `table.found` and `table.partials`.
+
+    A loss is marked with the number of this attempt, in the tensor and overall, where one of its unscaled
+    gradients is inf or NaN (a product that overflows counts). Where only the sum of several losses overflows, all
+    of them are marked. `partials` get the sum of squares (each rounded to FP32, added in float64) of the unscaled
+    total; here the first program of a tensor holds all of its sum.
+    """
+    attempt = int(table.counts.sum()) + 1
+    table.partials.zero_()
+    first = 0
+    for i, entry in enumerate(table.entries):
+        pending = sources.entries[i]
+        square_sum = 0.0
+        for total, shares in _unscaled_blocks(pending):
+            block_sum = float((total * total).sum(dtype=torch.float64))
+            square_sum += block_sum
+            if not math.isfinite(block_sum):  # an overflow, or only a square beyond FP32
+                _stamp(table, i, attempt, total, shares, pending)
+        programs = -(-entry.param.numel() // layout.INSPECT_CHUNK)
+        if programs:
+            table.partials[first] = square_sum
+        first += programs
+
+
+def _stamp(
+    table: TensorTable, i: int, attempt: int, total: Tensor, shares: list[Tensor], pending: Sequence[Source]
+) -> None:
+    finite = [torch.isfinite(x) for x in shares]
+    guilty = {source.loss_id for source, ok in zip(pending, finite, strict=True) if not bool(ok.all())}
+    innocent_sum = ~torch.isfinite(total)
+    for ok in finite:
+        innocent_sum &= ok
+    if bool(innocent_sum.any()):
+        guilty |= {source.loss_id for source in pending}
+    for loss_id in guilty:
+        table.stamps[i, loss_id] = attempt
+        table.found[loss_id] = attempt
+
+
+def decide(
+    table: TensorTable,
+    sources: SourceTable,
+    found: Tensor,
+    partials: Tensor,
+    hyper: Tensor,
+    max_norm: Tensor,
+    family: Family | None,
+    found_inf: Tensor | None = None,
+    votes: Tensor | None = None,
+) -> None:
+    """Decides about the step; writes `decision`, `counts`, and where it is taken `steps` and `scalars` of `table`.
+
+    ```
+    skip = a loss of some device has a stamp of this attempt in found, or found_inf != 0 (NaN included)
+    norm = float32(sqrt(sum of partials)); NaN where the step is skipped
+    clip = min(1, max_norm / (norm + 1e-6)); 1 where max_norm is inf
+    taken:   steps += 1 for tensors that have a gradient; scalars = family's function of hyper and steps
+    ```
+
+    Args:
+        table: The tensors of this device.
+        sources: Their gradients, and the ballots on the losses.
+        found: int32[D, L], `found` of every device of the optimizer.
+        partials: float64[P], `partials` of every device.
+        hyper: float64[G, layout.HYPER].
+        max_norm: float64[1], inf for no clipping.
+        family: Gives the scalars; None leaves them alone.
+        found_inf: float32, one element: a verdict from outside (`torch.amp.GradScaler`'s).
+        votes: float32[L, layout.VOTE], written for the scaler unless None.
+    """
+    attempt = int(table.counts.sum()) + 1
+    overflowed = (found == attempt).any(dim=0).tolist()
+    outside = found_inf is not None and float(found_inf) != 0.0
+    skip = any(overflowed) or outside
+    with np.errstate(over="ignore"):
+        norm = np.float32(math.sqrt(float(partials.sum()))) if not skip else np.float32("nan")
+    clip = np.float32(1.0)
+    if not skip and float(max_norm) != math.inf:
+        clip = min(np.float32(1.0), np.float32(float(max_norm)) / (norm + np.float32(1e-6)))
+    table.decision.copy_(torch.tensor([float(skip), float(clip), float(norm), 0.0]))
+    table.counts[layout.SKIPPED if skip else layout.TAKEN] += 1
+    if not skip and table.entries:
+        active = torch.tensor([bool(pending) for pending in sources.entries])
+        table.steps += active
+        if family is not None:
+            groups = [entry.group for entry in table.entries]
+            rows = hyper.numpy()[groups]
+            columns = SCALAR_FUNCTIONS[family.name](rows.T, table.steps.numpy())
+            for column, values in enumerate(columns):
+                table.scalars[:, column] = torch.from_numpy(np.broadcast_to(values, len(groups)).astype(np.float32))
+    if votes is not None:
+        for loss_id, ballot in enumerate(sources.ballots):
+            votes[loss_id, 0] = _outcome(ballot.kind, overflowed[loss_id] or outside)
+            votes[loss_id, 1] = ballot.scale if ballot.scale is not None else 0.0
+
+
+def _outcome(kind: int, overflow: bool) -> int:
+    if kind == layout.FRESH:
+        return layout.OVERFLOW if overflow else layout.CLEAN
+    return layout.STALE_OVERFLOW if kind == layout.STALE and overflow else layout.NO_VOTE
+
+
+@torch.no_grad()
+def update(table: TensorTable, sources: SourceTable, rule: Rule, decision: Tensor) -> None:
+    """Applies `rule` to every tensor of that rule that has a gradient; nothing at all where `decision` skips.
+
+    ```
+    grad = (x_0 + x_1 + ...) * clip
+    master, slots = rule(master, grad, slots, scalars)
+    param = round(master)                   # unless the parameter is its own master
+    ```
+    """
+    if bool(decision[layout.SKIP] != 0):
+        return
+    clip = float(decision[layout.CLIP])
+    step = RULES[rule.name]
+    for entry, pending, scalars in zip(table.entries, sources.entries, table.scalars.tolist(), strict=True):
+        if not pending or entry.rule != rule:
+            continue
+        master, param = flat(entry.master), flat(entry.param)
+        slots = [flat(slot) for slot in entry.slots]
+        start = 0
+        for total, _ in _unscaled_blocks(pending):
+            here = slice(start, start + total.numel())
+            start += total.numel()
+            old = tuple(slot[here] for slot in slots)
+            new_master, new_slots = step(master[here], total * clip, old, scalars)
+            master[here] = new_master
+            for slot, new in zip(old, new_slots, strict=True):
+                slot.copy_(new)
+            if entry.write_back:
+                param[here] = new_master
+
+
+def update_scale(scale: Tensor, previous: Tensor, counters: Tensor, votes: Tensor, policy: Tensor) -> None:
+    """Moves the scale of every loss that has a vote, by `scaling.next_state`, and clears the votes.
+
+    Args:
+        scale: float32[L].
+        previous: float32[L]: gets the scale from before, where there is a vote.
+        counters: int32[L, layout.COUNTERS].
+        votes: float32[R, L, layout.VOTE], one row for each optimizer.
+        policy: float64[layout.POLICY].
+    """
+    numbers = policy.tolist()
+    rule = ScalePolicy.from_row(numbers)
+    for loss_id in range(scale.numel()):
+        cast = [Vote(int(outcome), value) for outcome, value in votes[:, loss_id].tolist()]
+        if all(vote.outcome == layout.NO_VOTE for vote in cast):
+            continue
+        state = ScaleState(float(scale[loss_id]), *counters[loss_id].tolist())
+        after = next_state(state, cast, rule)
+        previous[loss_id] = state.scale
+        scale[loss_id] = after.scale
+        counters[loss_id] = torch.tensor(after.counters(), dtype=torch.int32)
+    votes.zero_()
+
+
+def _unscaled_blocks(pending: Sequence[Source]) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """The unscaled gradient, block by block: the FP32 total, and each source's share x_k = g_k * inv_scale_k."""
+    if not pending:
+        return
+    grads = [flat(source.grad) for source in pending]
+    inverses = [inverse(source.scale) for source in pending]
+    for start in range(0, grads[0].numel(), BLOCK):
+        shares = [grad[start : start + BLOCK].float() * inv for grad, inv in zip(grads, inverses, strict=True)]
+        total = shares[0]
+        for share in shares[1:]:
+            total = total + share
+        yield total, shares
+
+
+def inverse(scale: Tensor | None) -> float:
+    """float32(1 / float64(scale)), as `torch.amp.GradScaler` computes it."""
+    return 1.0 if scale is None else float(np.float32(1.0 / float(scale)))
+
+
+def sqrt_rn(x: Tensor) -> Tensor:
+    """The correctly rounded FP32 square root (torch's own, on a CPU, is not)."""
+    return torch.from_numpy(np.sqrt(x.numpy()))
+
+
+# The rules. Each returns new tensors; scalars are FP32 values held in Python floats.
+
+
+def power(base: Any, exponent: np.ndarray) -> np.ndarray:
+    """base**exponent in float64 by repeated squaring: the same 31 multiplications here and on the device."""
+    result = np.ones(len(exponent))
+    factor = np.array(np.broadcast_to(base, len(exponent)))
+    for bit in range(31):
+        result = np.where((exponent >> bit) & 1 == 1, result * factor, result)
+        factor = factor * factor
+    return result
+
+
+def assign(p: Tensor, g: Tensor, slots: tuple[Tensor, ...], c: Sequence[float]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The gradient itself."""
+    return g, ()
+
+
+def sgd_scalars(h: np.ndarray, step: np.ndarray) -> list[np.ndarray]:
+    """From (lr, momentum, dampening, weight_decay, nesterov, maximize) and the step count."""
+    lr, momentum, dampening, weight_decay, nesterov, maximize = h[:6]
+    sign = 1.0 - 2.0 * maximize
+    grad_factor = np.where(step == 1, 1.0, 1.0 - dampening)  # the first momentum buffer is the gradient
+    return [sign, weight_decay, lr, momentum, grad_factor, nesterov]
+
+
+def sgd(p: Tensor, g: Tensor, slots: tuple[Tensor, ...], c: Sequence[float]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Gradient descent: `p -= lr * (g + weight_decay * p)`. Semantics: `torch.optim.SGD`."""
+    sign, weight_decay, lr = c[:3]
+    g = g * sign + p * weight_decay
+    return p - g * lr, ()
+
+
+def sgd_momentum(
+    p: Tensor, g: Tensor, slots: tuple[Tensor, ...], c: Sequence[float]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Gradient descent with (Nesterov) momentum. Semantics: `torch.optim.SGD`."""
+    sign, weight_decay, lr, momentum, grad_factor, nesterov = c[:6]
+    (buffer,) = slots
+    g = g * sign + p * weight_decay
+    buffer = buffer * momentum + g * grad_factor
+    direction = g + buffer * momentum if nesterov else buffer
+    return p - direction * lr, (buffer,)
+
+
+def adam_scalars(h: np.ndarray, step: np.ndarray) -> list[np.ndarray]:
+    """From (lr, beta1, beta2, eps, weight_decay, maximize, decoupled) and the step count."""
+    lr, beta1, beta2, eps, weight_decay, maximize, decoupled = h[:7]
+    bias_correction1 = 1.0 - power(beta1, step)
+    bias_correction2 = 1.0 - power(beta2, step)
+    with np.errstate(divide="ignore"):  # a tensor that has never stepped
+        return [
+            1.0 - 2.0 * maximize,
+            np.where(decoupled != 0, 0.0, weight_decay),
+            np.where(decoupled != 0, 1.0 - lr * weight_decay, 1.0),
+            1.0 - beta1,
+            beta2,
+            1.0 - beta2,
+            1.0 / np.sqrt(bias_correction2),
+            lr / bias_correction1,
+            eps,
+        ]
+
+
+def adam(p: Tensor, g: Tensor, slots: tuple[Tensor, ...], c: Sequence[float]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Adam (Kingma & Ba 2015) and AdamW (Loshchilov & Hutter 2019). Semantics: `torch.optim.Adam`, `AdamW`."""
+    p, m, v = _adam_moments(p, g, slots[0], slots[1], c)
+    return _adam_step(p, m, v, c), (m, v)
+
+
+def adam_amsgrad(
+    p: Tensor, g: Tensor, slots: tuple[Tensor, ...], c: Sequence[float]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Adam with the largest second moment so far (Reddi et al. 2018)."""
+    p, m, v = _adam_moments(p, g, slots[0], slots[1], c)
+    largest = torch.maximum(slots[2], v)
+    return _adam_step(p, m, largest, c), (m, v, largest)
+
+
+def _adam_moments(p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
+    sign, coupled_decay, decay_factor, one_minus_beta1, beta2, one_minus_beta2 = c[:6]
+    g = g * sign + p * coupled_decay
+    p = p * decay_factor
+    m = m + (g - m) * one_minus_beta1
+    v = v * beta2 + (g * one_minus_beta2) * g
+    return p, m, v
+
+
+def _adam_step(p: Tensor, m: Tensor, v: Tensor, c: Sequence[float]) -> Tensor:
+    inverse_root_correction, step_size, eps = c[6:9]
+    return p - (m / (sqrt_rn(v) * inverse_root_correction + eps)) * step_size
+
+
+SCALAR_FUNCTIONS = {"sgd": sgd_scalars, "adam": adam_scalars}
+RULES = {"assign": assign, "sgd": sgd, "sgd_momentum": sgd_momentum, "adam": adam, "adam_amsgrad": adam_amsgrad}

@@ -1,0 +1,87 @@
+"""Notices that a loss scale has collapsed, without ever waiting for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpengine.kernels import layout
+
+
+class LossScaleCollapse(RuntimeError):
+    """A loss has overflowed so many times in a row that its scale will not recover by itself.
+
+    Attributes:
+        loss_id: The loss.
+        scale: Its scale when this was noticed.
+        parameters: Names of the parameters whose gradients overflowed last.
+    """
+
+    def __init__(self, loss_id: int, scale: float, skips: int, parameters: Sequence[str]) -> None:
+        self.loss_id, self.scale, self.skips, self.parameters = loss_id, scale, skips, list(parameters)
+        shown = ", ".join(self.parameters[:8]) or "unknown"
+        more = f" and {len(self.parameters) - 8} more" if len(self.parameters) > 8 else ""
+        super().__init__(
+            f"loss {loss_id} has overflowed {skips} times in a row; its scale is down to {scale:g} and every step is "
+            f"skipped. The gradients of these parameters are not finite: {shown}{more}. Look for an inf or NaN in that "
+            "loss or in those layers (a smaller learning rate, max_grad_norm, FP32 for those layers); "
+            "GradScaler(max_consecutive_skips=...) sets the limit, None turns this check off."
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.loss_id, self.scale, self.skips, self.parameters)
+
+
+class Watchdog:
+    """Raises `LossScaleCollapse` after `limit` overflows in a row of one loss; None: never.
+
+    On a CPU it looks at once. On CUDA each look starts a copy of the counters into pinned memory and judges the
+    last copy that has arrived, so it notices a few updates late.
+    """
+
+    def __init__(self, limit: int | None) -> None:
+        self.limit = limit
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops a copy that is under way."""
+        self._arrived: torch.cuda.Event | None = None
+        self._host: Tensor | None = None
+
+    def look(self, counters: Tensor, scales: Tensor | None, names_of: Callable[[int], list[str]]) -> None:
+        """Judges int32[L, layout.COUNTERS]; `scales` and `names_of(loss_id)` are read only to raise."""
+        if self.limit is None:
+            return
+        if counters.device.type != "cuda":
+            self._judge(counters, scales, names_of)
+            return
+        if torch.cuda.is_current_stream_capturing():
+            return
+        if self._arrived is not None:
+            if not self._arrived.query():
+                return
+            assert self._host is not None
+            self._judge(self._host, scales, names_of)
+        if self._host is None:
+            self._host = torch.empty(counters.shape, dtype=counters.dtype, pin_memory=True)
+        self._host.copy_(counters, non_blocking=True)
+        self._arrived = torch.cuda.Event()
+        self._arrived.record(torch.cuda.current_stream(counters.device))
+
+    def _judge(self, counters: Tensor, scales: Tensor | None, names_of: Callable[[int], list[str]]) -> None:
+        assert self.limit is not None
+        for loss_id, skips in enumerate(counters[:, layout.CONSECUTIVE_OVERFLOWS].tolist()):
+            if skips >= self.limit:
+                self.forget()
+                scale = float("nan") if scales is None else float(scales[loss_id])
+                raise LossScaleCollapse(loss_id, scale, skips, names_of(loss_id))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"limit": self.limit}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.limit = state["limit"]
+        self.forget()
