@@ -1,0 +1,211 @@
+"""Compiles the kernels ahead of time, for any architecture and without a GPU, and reports what became of them.
+
+Every case goes through the real tables and the real launchers, whose launches are recorded instead of made; so what is
+compiled here is what a GPU would run. From the repository's root:
+
+    python benchmarks/aot.py                                   # a table of registers, spills and access widths
+    python benchmarks/aot.py --arch 80 90 --case adam --json   # the same as JSON, one object a line
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # interpreted functions do not compile
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from mpengine import rules
+from mpengine.kernels import launch, layout
+from mpengine.masters import Ballot, Entry, Source, SourceTable, TensorTable, arena
+
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+_CPU = torch.device("cpu")
+_TYPES = {
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+@dataclass
+class Report:
+    """What a kernel became. Counts are of instructions in the PTX, of which a loop's stand once."""
+
+    case: str
+    kernel: str
+    arch: int
+    registers: int
+    spilled_bytes: int  # local memory
+    shared_bytes: int
+    instructions: dict[str, int]
+
+
+@dataclass
+class Launch:
+    """A recorded launch."""
+
+    kernel: JITFunction
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def cases(numel: int = 1024, copies: int = 1) -> dict[str, Launch]:
+    """The usual specialisations, and the most general one of each kernel.
+
+    Args:
+        numel: The size of every tensor.
+        copies: How many tensors there are of each kind.
+    """
+    half, single = torch.float16, torch.float32
+    adam, sgd = rules.family_of(_optimizer(torch.optim.Adam)), rules.family_of(_optimizer(torch.optim.SGD))
+    found: dict[str, Launch] = {}
+    for rule in (rules.ASSIGN, rules.SGD, rules.SGD_MOMENTUM, rules.ADAM, rules.ADAM_AMSGRAD):
+        table, sources = _problem(rule, [half], 1, numel, copies)
+        found[rule.name] = _record(launch.update, table, sources, rule, table.decision)
+    found["inspect"] = _record(launch.inspect, table, sources)
+    for name, dtypes in (("fp16+fp32", [half, single]), ("bf16", [torch.bfloat16]), ("fp32", [single])):
+        table, sources = _problem(rules.ADAM, dtypes, 1, numel, copies)
+        found[f"inspect {name}"] = _record(launch.inspect, table, sources)
+        found[f"adam {name}"] = _record(launch.update, table, sources, rules.ADAM, table.decision)
+    every = [half, torch.bfloat16, single]
+    for name, dtypes in (("fp16, several losses", [half]), ("any kind, several losses", every)):
+        table, sources = _problem(rules.ADAM, dtypes, 2, numel, copies)
+        found[f"inspect {name}"] = _record(launch.inspect, table, sources)
+        found[f"adam {name}"] = _record(launch.update, table, sources, rules.ADAM, table.decision)
+    hyper, max_norm = torch.zeros(1, layout.HYPER, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    found_inf, votes = torch.zeros(1), torch.zeros(1, layout.VOTE)
+    for name, family in (("adam", adam), ("sgd", sgd), ("no family", None)):
+        outside = found_inf if family is None else None
+        found[f"decide {name}"] = _record(
+            launch.decide, table, sources, table.found[None], table.partials, hyper, max_norm, family, outside, votes
+        )
+    counters, policy = torch.zeros(1, layout.COUNTERS, dtype=torch.int32), torch.zeros(layout.POLICY).double()
+    found["update_scale"] = _record(launch.update_scale, torch.ones(1), torch.ones(1), counters, votes[None], policy)
+    return found
+
+
+def _optimizer(kind: type[torch.optim.Optimizer]) -> torch.optim.Optimizer:
+    return kind([torch.zeros(1)], lr=0.1)  # type: ignore[call-arg]
+
+
+def _problem(
+    rule: rules.Rule, dtypes: list[torch.dtype], losses: int, numel: int, copies: int
+) -> tuple[TensorTable, SourceTable]:
+    entries, pending = [], []
+    scale = torch.ones(1)
+    for dtype in dtypes * copies:
+        param = torch.zeros(numel, dtype=dtype)
+        state = arena([param] * (1 + len(rule.slots)))
+        own = dtype is torch.float32
+        entries.append(Entry(param, param if own else state[0], tuple(state[1:]), 0, rule, write_back=not own))
+        pending.append([Source(torch.zeros(numel, dtype=dtype), scale, loss) for loss in range(losses)])
+    sources = SourceTable(_CPU)
+    sources.set(pending, [Ballot(layout.FRESH, scale)] * losses)
+    return TensorTable(entries, losses, _CPU), sources
+
+
+def _record(launcher: Any, *args: Any) -> Launch:
+    recorded: list[Launch] = []
+    run = JITFunction.run
+    JITFunction.run = lambda kernel, *args, **kwargs: recorded.append(Launch(kernel, args, kwargs))
+    try:
+        launcher(*args)
+    finally:
+        JITFunction.run = run
+    (only,) = recorded  # a launcher launches once
+    return only
+
+
+def specialisation(launched: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+    """(signature, constants, attributes): what of a launch's arguments selects the binary."""
+    signature: dict[str, str] = {}
+    constants: dict[Any, Any] = {}
+    attributes: dict[Any, Any] = {}
+    values = dict(zip(launched.kernel.arg_names, launched.args, strict=False))
+    values |= {k: v for k, v in launched.kwargs.items() if k in launched.kernel.arg_names}
+    for i, param in enumerate(launched.kernel.params):
+        value = values[param.name]
+        if param.is_constexpr or value is None:
+            signature[param.name] = "constexpr"
+            constants[(i,)] = value
+        elif isinstance(value, torch.Tensor):
+            signature[param.name] = _TYPES[value.dtype]
+            loose = param.do_not_specialize or param.do_not_specialize_on_alignment
+            if value.data_ptr() % 16 == 0 and not loose:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[param.name] = "i32"
+            if not param.do_not_specialize:  # Triton would make a constant of 1, and tell multiples of 16 from others
+                raise TypeError(f"{param.name} of {launched.kernel.__name__} selects a binary by its value, {value}")
+    return signature, constants, attributes
+
+
+def compile_launch(launched: Launch, arch: int) -> Any:
+    """The compiled kernel that Triton would make for this launch on this architecture."""
+    options = {k: v for k, v in launched.kwargs.items() if k not in (*launched.kernel.arg_names, "grid", "warmup")}
+    source = ASTSource(launched.kernel, *specialisation(launched))
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def report(case: str, launched: Launch, arch: int) -> Report:
+    """Compiles a launch, and counts."""
+    compiled = compile_launch(launched, arch)
+    usage = _resources(compiled.asm["cubin"])
+    return Report(
+        case=case,
+        kernel=launched.kernel.__name__,
+        arch=arch,
+        registers=usage["REG"],
+        spilled_bytes=usage["LOCAL"] + usage["STACK"],
+        shared_bytes=compiled.metadata.shared,
+        instructions=dict(Counter(re.findall(r"^\s*(?:@%\w+ )?([a-z][\w.:]*) ", compiled.asm["ptx"], re.MULTILINE))),
+    )
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        output = subprocess.run([tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True)
+    return {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", output.stdout)}
+
+
+def main() -> None:
+    """Prints the reports that the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES)
+    parser.add_argument("--case", nargs="*", help="default: all")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    chosen = parser.parse_args()
+    everything = cases()
+    for case in chosen.case or everything:
+        for arch in chosen.arch:
+            made = report(case, everything[case], arch)
+            if chosen.json:
+                print(json.dumps(asdict(made)), flush=True)
+            else:
+                wide = {k: v for k, v in sorted(made.instructions.items()) if re.match(r"(ld|st)\.global", k)}
+                print(f"{case:28} sm_{arch:<4} {made.registers:4} registers {made.spilled_bytes:4} B spilled  {wide}")
+
+
+if __name__ == "__main__":
+    main()
