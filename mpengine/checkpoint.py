@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from mpengine import general
 from mpengine.gradients import parameters
 from mpengine.scaling import ScalePolicy, ScaleState
 
@@ -51,19 +53,22 @@ def pack(optimizer: MixedPrecisionOptimizer) -> dict[str, Any]:
 @torch.no_grad()
 def load(optimizer: MixedPrecisionOptimizer, state_dict: dict[str, Any]) -> None:
     """Checks everything first, then copies. See `MixedPrecisionOptimizer.load_state_dict`."""
+    state_dict = dict(state_dict)  # a hook may edit it
     for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         replaced = pre_hook(optimizer, state_dict)
         state_dict = state_dict if replaced is None else replaced
     state_by_param = _matched(optimizer, state_dict)
-    for group, saved_group in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+    groups = [
+        _complete(optimizer, own, saved)
+        for own, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True)
+    ]
+    for group in groups:
         for param in group["params"]:
-            _check_state(optimizer, param, state_by_param[param], saved_group)
-    for group, saved_group in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
-        params = group["params"]
+            _check_state(optimizer, param, state_by_param[param], group)
+    for group, loaded in zip(optimizer.param_groups, groups, strict=True):
         group.clear()
-        group.update({**saved_group, "params": params})
-    optimizer._keep_counts()
-    optimizer._execution = None
+        group.update(loaded)
+    optimizer._register(also=[param for param, saved in state_by_param.items() if saved])
     for param in parameters(optimizer):
         saved = state_by_param.get(param, {})
         if param not in optimizer._steps:
@@ -71,13 +76,13 @@ def load(optimizer: MixedPrecisionOptimizer, state_dict: dict[str, Any]) -> None
         if param in optimizer._masters:
             if MASTER in saved:
                 optimizer._masters[param].copy_(saved[MASTER])
-            optimizer._versions[param] = -1  # the next step settles which of the two is the newer, element by element
+            optimizer._agreed.pop(param, None)  # the next step asks which of the two is newer, element by element
         own = {name: value for name, value in saved.items() if name != MASTER}
         if optimizer._family is None:
             _load_inner(optimizer, param, own)
         else:
             _load_fused(optimizer, param, own)
-    optimizer._register({})
+    optimizer._register()
     extra = state_dict.get("mpengine", {})
     optimizer._counts = [int(extra.get("steps_taken", 0)), int(extra.get("steps_skipped", 0))]
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
@@ -100,13 +105,9 @@ def _load_fused(optimizer: MixedPrecisionOptimizer, param: Tensor, own: dict[str
 
 
 def _load_inner(optimizer: MixedPrecisionOptimizer, param: Tensor, own: dict[str, Any]) -> None:
-    master = optimizer._masters.get(param, param)
-    if not own:
-        optimizer._inner.state.pop(master, None)
-        optimizer.state.pop(param, None)
-        return
-    moved = {k: _moved(k, v, param.device) for k, v in own.items()}
-    optimizer._inner.state[master] = optimizer.state[param] = moved
+    optimizer.state.pop(param, None)
+    if own:
+        optimizer.state[param] = general.widened({k: _moved(k, v, param.device) for k, v in own.items()})
 
 
 def _moved(name: str, value: Any, device: torch.device) -> Any:
@@ -114,6 +115,21 @@ def _moved(name: str, value: Any, device: torch.device) -> Any:
     if not isinstance(value, Tensor):
         return value
     return value.clone() if name == "step" else value.to(device, copy=True)
+
+
+def _complete(optimizer: MixedPrecisionOptimizer, own: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+    """The group to load: the saved one around our parameters. What an older torch did not know keeps its default."""
+    defaults = optimizer._inner.defaults
+    missing = [
+        key for key, default in defaults.items() if key not in saved and default is not None and default is not False
+    ]
+    if missing:
+        raise ValueError(
+            f"the saved param_groups lack {sorted(missing)}, which {type(optimizer._inner).__name__} needs (they have "
+            f"{sorted(set(saved) - {'params'})}); load a state of the same kind of optimizer."
+        )
+    names = {"param_names": own["param_names"]} if "param_names" in own else {}
+    return {**defaults, **names, **copy.deepcopy({**saved, "params": []}), "params": own["params"]}
 
 
 def _matched(optimizer: MixedPrecisionOptimizer, state_dict: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:
@@ -154,6 +170,9 @@ def _check_state(
                 f"the saved state of {name} has {sorted(own)}, but this {kind} keeps {sorted(family.slots)} "
                 f"(unknown: {unknown}, missing: {missing}); load a state of the same kind of optimizer."
             )
+    step = saved.get("step", 0)
+    if not isinstance(step, (int, float)) and not (isinstance(step, Tensor) and step.numel() == 1):
+        raise ValueError(f"the saved step of {name} must be a number, not {step!r:.60}.")
     slots = own if family is not None else {}
     if MASTER in saved:
         slots = {**slots, MASTER: saved[MASTER]}

@@ -12,7 +12,7 @@ from torch import Tensor
 from mpengine import backend
 from mpengine.gradients import Labelled, as_sources
 from mpengine.kernels import layout
-from mpengine.masters import Ballot, Entry, SourceTable, TensorTable, same_layout
+from mpengine.masters import Ballot, Entry, SourceTable, TensorTable, arena, same_layout, to_device
 from mpengine.plain import cast_votes
 from mpengine.rules import ASSIGN, Family
 
@@ -23,7 +23,6 @@ class _Numbers:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._known: list[list[float]] | None = None
-        self._staging: list[Tensor] = []
 
     def set(self, rows: Sequence[Sequence[Any]], width: int) -> Tensor:
         """float64[len(rows), width]; a tensor on this device (a capturable lr) is copied there each time."""
@@ -33,19 +32,11 @@ class _Numbers:
             table = np.zeros((len(plain), width))
             for i, row in enumerate(plain):
                 table[i, : len(row)] = row
-            self.table = self._upload(torch.from_numpy(table))
+            self.table = to_device(table, self.device)
             self._known = plain
         for i, j, value in moving:
             self.table[i, j].copy_(value, non_blocking=True)
         return self.table
-
-    def _upload(self, table: Tensor) -> Tensor:
-        if self.device.type != "cuda":
-            return table
-        if not torch.cuda.is_current_stream_capturing():
-            self._staging.clear()  # a captured copy reads its staging buffer again at every replay
-        self._staging.append(table.pin_memory())
-        return self._staging[-1].to(self.device, non_blocking=True)
 
 
 def _on_cuda(value: Any) -> bool:
@@ -88,7 +79,7 @@ class Execution:
             )
             for device, positions in by_device.items()
         ]
-        self.pointers = {i: entry.param.data_ptr() for i, entry in entries.items()}
+        self.memory = {i: memory_of(entry.param) for i, entry in entries.items()}
 
     def step_views(self) -> dict[int, Tensor]:
         """From a position to its step count, int32 0-dim: a view of the table that decide writes."""
@@ -147,28 +138,34 @@ class Execution:
         for d in self._devices:
             d.sources.entries = []
 
-    def write(self, targets: dict[int, Tensor], clipped: bool) -> None:
-        """Writes the unscaled gradients of the last `inspect` into FP32 tensors.
+    def unscaled(self, positions: Sequence[int], clipped: bool) -> dict[int, Tensor]:
+        """The unscaled gradients of the last `inspect` in new FP32 tensors, one allocation for each device.
 
         Args:
-            targets: From a position to a tensor of its parameter's shape and strides; rule `ASSIGN`.
+            positions: Of the parameters; their gradients' shapes and strides.
             clipped: Whether to multiply by the clip coefficient of the last `decide`.
         """
+        grads: dict[int, Tensor] = {}
         for d in self._devices:
-            chosen = [(i, j) for j, i in enumerate(d.positions) if i in targets]
-            entries = [Entry(e.param, targets[i], (), 0, ASSIGN, False) for i, j in chosen for e in [self.entries[i]]]
+            chosen = [(i, j) for j, i in enumerate(d.positions) if i in positions]
+            params = [self.entries[i].param for i, _ in chosen]
+            targets = arena(params, fill=None)
+            entries = [Entry(p, target, (), 0, ASSIGN, False) for p, target in zip(params, targets, strict=True)]
             table = TensorTable(entries, self.num_losses, d.device)
             sources = SourceTable(d.device)
             sources.set([d.sources.entries[j] for _, j in chosen], [])
             decision = d.table.decision if clipped else table.decision
             for rule in table.update_chunks:
                 backend.of(d.device).update(table, sources, rule, decision)
+            grads.update(zip((i for i, _ in chosen), targets, strict=True))
+        return grads
 
     def cast_votes(self, votes: Tensor, ballots: list[Ballot]) -> None:
         """Votes by the last `inspect` alone: `unscale_` may be followed by `update()` without a step."""
         overflowed = torch.zeros(self.num_losses, dtype=torch.bool, device=votes.device)
         for d in self._devices:
             overflowed |= (d.table.found == d.table.counts.sum() + 1).to(votes.device)
+            d.table.found.zero_()  # whatever is looked at next bears the same number of attempt
         cast_votes(votes, ballots, overflowed)
 
     # What the user sees. Each of these waits for the device.
@@ -189,9 +186,10 @@ class Execution:
 
     def set_counts(self, counts: Iterable[int]) -> None:
         """Sets both counts, on every device; forgets the overflows, whose stamps are numbers of attempts."""
-        values = torch.tensor(list(counts), dtype=torch.int32)
+        values = list(counts)
         for d in self._devices:
-            d.table.counts.copy_(values)
+            for count, value in zip(d.table.counts, values, strict=True):
+                count.fill_(value)
             d.table.stamps.zero_()
             d.table.found.zero_()
 
@@ -201,6 +199,11 @@ class Execution:
         stamps = {i: row for d in self._devices for i, row in zip(d.positions, d.table.stamps.tolist(), strict=True)}
         last = max((stamp for row in stamps.values() for stamp in row[losses]), default=0)
         return [i for i, row in sorted(stamps.items()) if last > 0 and last in row[losses]]
+
+
+def memory_of(param: Tensor) -> tuple[Any, ...]:
+    """Where and how a parameter lies in memory: `.to(memory_format=...)` and `.data = ...` change it."""
+    return param.data_ptr(), param.shape, param.stride()
 
 
 def _in_layout(grad: Tensor, param: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
 from mpengine import checkpoint, plain
-from mpengine.gradients import Label, Labelled, Ledger, parameters
+from mpengine.gradients import Label, Labelled, Ledger
 from mpengine.kernels import layout
 from mpengine.loss_scales import LossScales
 from mpengine.masters import Ballot
@@ -32,8 +32,12 @@ class _OptimizerState:
     def reset(self) -> None:
         self.stage = OptState.READY
         self.labels: dict[int, list[Label]] = {}  # consumed, by loss_id
-        self.unscaled_at: int | None = None
-        self.found_inf: dict[torch.device, Tensor] = {}
+        self.found_inf: dict[torch.device, Tensor] = {}  # by unscale_
+        self.overflowed: Tensor | None = None  # bool[L], by unscale_
+
+    def recorded(self) -> bool:
+        """Whether gradients have been looked at."""
+        return self.stage is OptState.STEPPED or bool(self.labels) or bool(self.found_inf)
 
 
 class _ScaleLoss(torch.autograd.Function):
@@ -234,24 +238,31 @@ class GradScaler(torch.amp.GradScaler):
         if not self._enabled:
             return
         self._initialized("unscale_")
+        attach = getattr(optimizer, "_attach", None)
+        if attach is not None:
+            attach(self)
         state = self._state(optimizer)
         if state.stage is OptState.UNSCALED:
             raise RuntimeError("unscale_() has already been called on this optimizer since the last update().")
         if state.stage is OptState.STEPPED:
             raise RuntimeError("unscale_() is being called after step().")
-        pending = self._pending(optimizer)
+        self._unscale(optimizer, state, self._pending(optimizer))
+
+    def _unscale(self, optimizer: torch.optim.Optimizer, state: _OptimizerState, pending: list[list[Labelled]]) -> None:
+        row = self._vote_row(optimizer)
         unscale = getattr(optimizer, "_unscale", None)
         if unscale is not None:
             unscale()
+            found_inf = {row.device: (row[:, 0] >= layout.OVERFLOW).any().float()} if any(pending) else {}
         else:
-            ballots = self._ballots(state, pending)
-            state.found_inf = plain.unscale(optimizer, pending, self._vote_row(optimizer), ballots)
-        for param, labelled in zip(parameters(optimizer), pending, strict=True):
-            if labelled and param.grad is not None:
-                self._ledger.unscaled(param, Label(labelled[0][0].loss_id, None, counted=True))
+            found_inf = plain.unscale(optimizer, pending, row, self._ballots(state, pending))
+        self._settle_votes(state, pending)
+        for device, found in found_inf.items():
+            state.found_inf[device] = found + state.found_inf.get(device, torch.zeros_like(found))
+        state.overflowed = row[:, 0] >= layout.OVERFLOW
+        self._ledger.unscaled(optimizer, pending)
         self._consume(state, pending)
         state.stage = OptState.UNSCALED
-        state.unscaled_at = self._ledger.passes
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         """Steps the optimizer, or skips the step where a gradient overflowed.
@@ -280,13 +291,14 @@ class GradScaler(torch.amp.GradScaler):
             attach(self)
             return optimizer.step(*args, **kwargs)
         state = self._begin_step(optimizer)
-        if state.stage is OptState.READY:
-            self.unscale_(optimizer)
+        pending = self._pending(optimizer)
+        if state.stage is OptState.READY or _any_scaled(pending):  # backward passes may follow unscale_
+            self._unscale(optimizer, state, pending)
         if not state.found_inf:
             raise AssertionError("No inf checks were recorded for this optimizer.")
         result = plain.step(optimizer, state.found_inf, args, kwargs)
         state.stage = OptState.STEPPED
-        self._ledger.consumed(optimizer)
+        self._ledger.renewed(optimizer)
         return result
 
     def _begin_step(self, optimizer: torch.optim.Optimizer) -> _OptimizerState:
@@ -298,9 +310,10 @@ class GradScaler(torch.amp.GradScaler):
 
     def _end_step(self, optimizer: torch.optim.Optimizer, pending: list[list[Labelled]]) -> None:
         state = self._state(optimizer)
+        self._settle_votes(state, pending)
         self._consume(state, pending)
         state.stage = OptState.STEPPED
-        self._ledger.consumed(optimizer)
+        self._ledger.renewed(optimizer)
 
     def _state(self, optimizer: torch.optim.Optimizer) -> _OptimizerState:
         state = self._states.get(id(optimizer))
@@ -310,10 +323,15 @@ class GradScaler(torch.amp.GradScaler):
                     raise RuntimeError(
                         f"this scaler has {self.num_losses} losses and does not watch this "
                         f"{type(optimizer).__name__}, so it cannot tell their gradients apart. Call "
-                        "scaler.watch(optimizer) before the first backward pass, or use mpengine.prepare(model, optimizer, scaler)."
+                        "scaler.watch(optimizer) before the first backward pass, or use "
+                        "mpengine.prepare(model, optimizer, scaler)."
                     )
                 self._ledger.watch(optimizer)
-            alive = {key: old for key, old in self._states.items() if old.optimizer() is not None}
+            alive = {
+                key if old.optimizer() is not None else -1 - old.row: old  # a dead one's votes are yet to be counted
+                for key, old in self._states.items()
+                if old.optimizer() is not None or old.labels
+            }
             taken = {old.row for old in alive.values()}
             row = next(i for i in range(len(taken) + 1) if i not in taken)
             state = alive[id(optimizer)] = _OptimizerState(optimizer, row)
@@ -322,8 +340,8 @@ class GradScaler(torch.amp.GradScaler):
 
     def _pending(self, optimizer: torch.optim.Optimizer) -> list[list[Labelled]]:
         """The pending (label, gradient) pairs of each parameter, in order of loss_id."""
-        labels = self._initialized("step").labels
-        return self._ledger.sources(optimizer, labels.__getitem__, self._state(optimizer).unscaled_at)
+        self._state(optimizer)  # which watches it, with one loss
+        return self._ledger.sources(optimizer, self._initialized("step").labels[0])
 
     def _consume(self, state: _OptimizerState, pending: list[list[Labelled]]) -> None:
         for label in {id(label): label for labelled in pending for label, _ in labelled}.values():
@@ -337,6 +355,14 @@ class GradScaler(torch.amp.GradScaler):
             labels.setdefault(label.loss_id, []).append(label)
         return [_ballot(labels.get(k, [])) for k in range(self.num_losses)]
 
+    def _settle_votes(self, state: _OptimizerState, pending: list[list[Labelled]]) -> None:
+        """An overflow that `unscale_` found is no longer anybody's in the unscaled sum: the first verdict holds."""
+        before = state.overflowed
+        if before is not None:
+            row = self._initialized("step").vote_row(state.row)
+            overflowed = torch.where(before.any(), before, row[:, 0] >= layout.OVERFLOW)
+            plain.cast_votes(row, self._ballots(state, pending), overflowed)
+
     def _vote_row(self, optimizer: torch.optim.Optimizer) -> Tensor:
         return self._initialized("step").vote_row(self._state(optimizer).row)
 
@@ -348,7 +374,8 @@ class GradScaler(torch.amp.GradScaler):
         A backward pass counts once, however many optimizers step between however many updates.
 
         Args:
-            new_scale: Sets the scale instead: a float, or a float32 tensor of one element.
+            new_scale: Sets the scale instead: a float, or a float32 tensor of one element, which is not read back but
+                clamped into [min_scale, max_scale] (NaN: min_scale).
             loss_id: Updates this loss alone; None: all.
 
         Raises:
@@ -360,25 +387,39 @@ class GradScaler(torch.amp.GradScaler):
         device_state = self._initialized("update")
         losses = range(self.num_losses) if loss_id is None else [self._check_loss_id(loss_id)]
         states = [s for s in self._states.values() if any(k in s.labels for k in losses)]
+        recorded = bool(states) or (loss_id is None and any(s.recorded() for s in self._states.values()))
         if new_scale is not None:
             value = self._checked_scale(new_scale)
+            self._settle_labels()
             for k in losses:
                 device_state.set_scale(k, value)
-        elif not states:
+        elif not recorded:
             raise AssertionError(
                 "No inf checks were recorded prior to update."
                 + ("" if loss_id is None else f" No optimizer has consumed loss {loss_id} since its last update.")
             )
         else:
+            self._settle_labels()
             consumed = {k: [label for state in states for label in state.labels.get(k, [])] for k in losses}
             device_state.update(consumed, losses)
         for state in self._states.values():
             for k in losses:
                 state.labels.pop(k, None)
             if not state.labels:
-                state.reset()
+                self._renew(state)
         if new_scale is None:
             self._watchdog.look(device_state.counters, device_state.scales, self._overflowed_parameters)
+
+    def _renew(self, state: _OptimizerState) -> None:
+        state.reset()
+        optimizer = state.optimizer()
+        if optimizer is not None:
+            self._ledger.renewed(optimizer)
+
+    def _settle_labels(self) -> None:
+        states = [state for state in self._states.values() if state.stage is OptState.STEPPED]
+        stepped = [optimizer for state in states if (optimizer := state.optimizer()) is not None]
+        self._ledger.settle(self._initialized("update").labels[0], stepped)
 
     def _checked_scale(self, new_scale: float | Tensor) -> float | Tensor:
         if not isinstance(new_scale, Tensor):
@@ -386,10 +427,12 @@ class GradScaler(torch.amp.GradScaler):
             return float(new_scale)
         if new_scale.dtype != torch.float32 or new_scale.numel() != 1 or new_scale.requires_grad:
             raise AssertionError(
-                "new_scale should be a float or a 1-element torch.float32 tensor with requires_grad=False, not "
-                f"{new_scale.dtype} of {new_scale.numel()} elements with requires_grad={new_scale.requires_grad}."
+                "new_scale should be a float or a 1-element torch.cuda.FloatTensor or torch.FloatTensor with "
+                f"requires_grad=False, not {new_scale.dtype} of {new_scale.numel()} elements with requires_grad="
+                f"{new_scale.requires_grad}."
             )
-        return new_scale.detach().reshape(()).clamp(self._policy.min_scale, self._policy.max_scale)
+        lowest, highest = self._policy.min_scale, self._policy.max_scale
+        return new_scale.detach().reshape(()).nan_to_num(nan=lowest).clamp(lowest, highest)
 
     def _name_of(self, param: Tensor) -> str:
         for optimizer in self._ledger.optimizers:
@@ -486,6 +529,7 @@ class GradScaler(torch.amp.GradScaler):
         self._start = states
         self._watchdog.forget()
         if self._device_state is not None:
+            self._settle_labels()
             self._device_state.set_states(states)
             self._device_state.set_policy(policy)
 
@@ -501,6 +545,10 @@ class GradScaler(torch.amp.GradScaler):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._make_transient()
+
+
+def _any_scaled(pending: list[list[Labelled]]) -> bool:
+    return any(label.scale is not None for labelled in pending for label, _ in labelled)
 
 
 def _ballot(labels: list[Label]) -> Ballot:

@@ -33,25 +33,48 @@ class Label:
         loss_id: The loss.
         scale: float32, 0-dim: the scale that scaled the gradients under this label. The scaler moves it to a copy
             before the value changes. None: the gradients are unscaled already.
-        counted: Whether an `update()` has dealt with this backward pass already.
+        parts: The uncounted labels that were folded into this one, which is counted when they are.
     """
 
     def __init__(self, loss_id: int, scale: Tensor | None, counted: bool = False) -> None:
         self.loss_id = loss_id
         self.scale = scale
-        self.counted = counted
+        self.parts: list[Label] = []
+        self._counted = counted
+        self._again: Label | None = None
+
+    @property
+    def counted(self) -> bool:
+        """Whether an `update()` has dealt with this backward pass already."""
+        return all(part.counted for part in self.parts) if self.parts else self._counted
+
+    @counted.setter
+    def counted(self, value: bool) -> None:
+        self._counted = value
+        for part in self.parts:
+            part.counted = value
+
+    def of_pass(self) -> Label:
+        """The label of a pass that begins now: this one, or where an `update()` has dealt with it, another like it."""
+        if not self.counted:
+            return self
+        if self._again is None or self._again.counted:
+            assert self.scale is not None
+            self._again = Label(self.loss_id, self.scale.clone())
+        return self._again
 
 
 Labelled = tuple[Label, Tensor]
 
 
 _ZEROS = Label(0, None, counted=True)
+_UNSCALED = Label(0, None, counted=True)
 
 
 class _Record:
     """What is known about one parameter's gradients: the label of `.grad`, and those set aside."""
 
-    __slots__ = ("aside", "grad", "label", "param", "version")
+    __slots__ = ("aside", "grad", "label", "param", "spent", "version")
 
     def __init__(self, param: Tensor) -> None:
         self.param = weakref.ref(param)
@@ -59,9 +82,10 @@ class _Record:
         self.label: Label | None = None
         self.grad: Callable[[], Tensor | None] = lambda: None
         self.version = 0
+        self.spent = False  # zeros, or stepped already: what somebody writes there later is a new gradient
 
-    def note(self, grad: Tensor, label: Label) -> None:
-        self.label, self.grad, self.version = label, weakref.ref(grad), grad._version
+    def note(self, grad: Tensor, label: Label, spent: bool = False) -> None:
+        self.label, self.grad, self.version, self.spent = label, weakref.ref(grad), grad._version, spent
 
 
 class _Pass:
@@ -94,7 +118,10 @@ class Ledger:
         self.passes = 0  # backward passes of scaled losses so far
         self._name_of = name_of
         self.optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        self._consumed: weakref.WeakKeyDictionary[torch.optim.Optimizer, Label] = weakref.WeakKeyDictionary()
+        # At which pass a scale last changed, and the label of what is assigned by hand: _UNSCALED between unscale_ and
+        # step; None: the label in force up to the next pass, then that pass's.
+        self._by_hand: weakref.WeakKeyDictionary[torch.optim.Optimizer, tuple[int, Label | None]]
+        self._by_hand = weakref.WeakKeyDictionary()
         self._records: dict[int, _Record] = {}
         self._pass: Callable[[], _Pass | None] = lambda: None
 
@@ -108,20 +135,21 @@ class Ledger:
 
     def begin(self, label: Label) -> None:
         """Called by the first node of a scaled loss's backward pass."""
+        label = label.of_pass()
         task = torch._C._current_graph_task_id()
         running = self._pass()
         if running is not None and running.open:
             if running.task == task and running.label is label:
                 return
+            running.end()  # not when it is collected: the traceback of this error may keep it for long
             if running.task == task:
                 raise RuntimeError(
                     f"two scaled losses in one backward pass (loss_id {running.label.loss_id} and {label.loss_id}): "
                     "their scales differ, so their sum has no scale. Call backward() on each scaled loss, or add "
                     "the losses first and scale the sum."
                 )
-            running.end()
         self._check_edits()
-        if self.latest is not label or self._records:
+        if self.latest is not label or self._records or self._all_recorded():
             self._set_aside(label)
         self.latest = label
         self.passes += 1
@@ -136,15 +164,12 @@ class Ledger:
 
         engine.queue_callback(finish)
 
-    def sources(
-        self, optimizer: torch.optim.Optimizer, current: Callable[[int], Label], unscaled_at: int | None
-    ) -> list[list[Labelled]]:
+    def sources(self, optimizer: torch.optim.Optimizer, current: Label) -> list[list[Labelled]]:
         """The pending gradients of each parameter, as (label, gradient) in order of loss_id.
 
         Args:
             optimizer: A watched optimizer.
-            current: From a loss_id to the label of the scale in force.
-            unscaled_at: The value of `passes` when `unscale_` was called on this optimizer, if it was.
+            current: The label in force of loss 0.
 
         Raises:
             RuntimeError: A gradient was edited while others were set aside, was not made by a scaled loss though
@@ -152,46 +177,94 @@ class Ledger:
         """
         self._close_pass()
         self._check_edits()
-        default = self._default_label(optimizer, current, unscaled_at)
+        default = self._default_label(optimizer, current)
         return [self._pending(param, default) for param in parameters(optimizer)]
 
-    def consumed(self, optimizer: torch.optim.Optimizer) -> None:
-        """The optimizer has stepped: gradients that appear without a scaled pass from here on are new ones."""
-        if self.latest is not None:
-            self._consumed[optimizer] = self.latest
+    def unscaled(self, optimizer: torch.optim.Optimizer, pending: list[list[Labelled]]) -> None:
+        """Every `.grad` has become the unscaled sum of what was pending."""
+        for param, labelled in zip(parameters(optimizer), pending, strict=True):
+            if labelled and param.grad is not None:
+                self._forget_aside(param).note(param.grad, Label(labelled[0][0].loss_id, None, counted=True))
+        at, _ = self._by_hand.get(optimizer, (0, None))
+        self._by_hand[optimizer] = (at, _UNSCALED)
 
-    def unscaled(self, param: Tensor, label: Label) -> None:
-        """`param.grad` has become the unscaled sum of all that was pending."""
-        record = self._records.setdefault(id(param), _Record(param))
-        record.aside.clear()
-        record.note(_grad(param), label)
+    def settle(self, current: Label, stepped: Iterable[torch.optim.Optimizer]) -> None:
+        """A scale is about to change: gradients without a record get one now, those that appear later are new.
+
+        Args:
+            current: The label of loss 0 that is still in force.
+            stepped: The optimizers whose gradients are spent.
+        """
+        spent = set(map(id, stepped))
+        for optimizer in self.optimizers:
+            self._record_all(optimizer, self._default_label(optimizer, current), id(optimizer) in spent)
+            _, by_hand = self._by_hand.get(optimizer, (0, None))
+            self._by_hand[optimizer] = (self.passes, by_hand)
+
+    def renewed(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer has stepped: what is assigned by hand from here on is scaled again."""
+        at, by_hand = self._by_hand.get(optimizer, (0, None))
+        self._record_all(optimizer, by_hand, spent=True)
+        self._by_hand[optimizer] = (at, None)
+
+    def _record_all(self, optimizer: torch.optim.Optimizer, default: Label | None, spent: bool) -> None:
+        """Gives every gradient a record, where `default` says what those without one are."""
+        for param in parameters(optimizer) if default is not None else ():
+            if param.grad is None:
+                continue
+            record = self._record(param)
+            known = record.grad() is param.grad
+            label = self._label_of(param, default) if known else default
+            if label is not None and not (known and record.aside):
+                record.aside.clear()
+                record.note(param.grad, label, spent)
 
     def zeroed(self, params: Iterable[Tensor]) -> None:
         """The optimizer zeroed these gradients: what was set aside goes too; a `.grad` of zeros fits any scale."""
         for param in params:
+            record = self._forget_aside(param)
             if param.grad is None:
-                self._records.pop(id(param), None)
+                del self._records[id(param)]
             else:
-                self.unscaled(param, _ZEROS)
+                record.note(param.grad, _ZEROS, spent=True)
 
-    def _default_label(
-        self, optimizer: torch.optim.Optimizer, current: Callable[[int], Label], unscaled_at: int | None
-    ) -> Label | None:
+    def _forget_aside(self, param: Tensor) -> _Record:
+        record = self._record(param)
+        record.aside.clear()
+        return record
+
+    def _record(self, param: Tensor) -> _Record:
+        record = self._records.get(id(param))
+        if record is None or record.param() is not param:
+            record = self._records[id(param)] = _Record(param)
+        return record
+
+    def _default_label(self, optimizer: torch.optim.Optimizer, current: Label) -> Label | None:
         """The label of a gradient without a record; None where it is unknown."""
-        if unscaled_at == self.passes:
-            return Label(0, None, counted=True)  # assigned after unscale_, so unscaled, as torch takes it
+        at, by_hand = self._by_hand.get(optimizer, (0, None))
+        if by_hand is not None:
+            return by_hand
         if self.several:
             return None
-        latest = self.latest
-        if latest is None or (latest.counted and self._consumed.get(optimizer) is latest):
-            return current(0)  # assigned by hand since: scaled by today's scale, as torch takes it
-        return latest
+        return current if at == self.passes else self.latest
+
+    def _all_recorded(self) -> bool:
+        """Whether every gradient of a pass needs a record: one without could be something else."""
+        return self.several or any(by_hand is not None for _, by_hand in self._by_hand.values())
+
+    def _label_of(self, param: Tensor, default: Label | None) -> Label | None:
+        """The label of `.grad`."""
+        record = self._records.get(id(param))
+        if record is None or param.grad is None:
+            return default
+        rewritten = record.spent and param.grad._version != record.version
+        return default if rewritten and default is not None else record.label
 
     def _pending(self, param: Tensor, default: Label | None) -> list[Labelled]:
         if param.grad is None:
             return []
         record = self._records.get(id(param))
-        label = record.label if record is not None else default
+        label = self._label_of(param, default)
         if label is None:
             raise RuntimeError(
                 f"the gradient of {self._name_of(param)} was not made by a scaled loss, and with several losses its "
@@ -208,14 +281,14 @@ class Ledger:
 
     def _set_aside(self, label: Label) -> None:
         """Leaves in `.grad` only what was made under `label`."""
-        default = None if self.several else self.latest or label
-        pending = [(param, self._pending(param, default)) for param in self._watched()]  # all errors come first
-        for param, labelled in pending:
-            record = self._records.get(id(param))
-            if not labelled or (record.label if record is not None else default) in (label, _ZEROS):
+        pending: list[tuple[Tensor, Label | None, list[Labelled]]] = []
+        for optimizer in self.optimizers:  # all errors come first
+            default = self._default_label(optimizer, label)
+            pending += [(p, self._label_of(p, default), self._pending(p, default)) for p in parameters(optimizer)]
+        for param, own, labelled in pending:
+            if not labelled or own in (label, _ZEROS):
                 continue
-            if record is None:
-                record = self._records[id(param)] = _Record(param)
+            record = self._record(param)
             record.aside = [(old, grad) for old, grad in labelled if old is not label]
             if len(record.aside) >= layout.MAX_SOURCES:
                 record.aside = _fold(record.aside)
@@ -225,10 +298,11 @@ class Ledger:
 
     def _end(self, label: Label) -> None:
         """The pass is over, or was broken off by an exception."""
-        if self.several:
+        all_recorded = self._all_recorded()
+        if all_recorded:
             for watched in self._watched():
-                if watched.grad is not None and id(watched) not in self._records:
-                    self._records[id(watched)] = _Record(watched)
+                if watched.grad is not None:
+                    self._record(watched)
         for key, record in list(self._records.items()):
             param = record.param()
             if param is None:
@@ -237,16 +311,19 @@ class Ledger:
             if param.grad is not None:
                 record.note(param.grad, label)
             elif record.aside:
-                old, param.grad = record.aside.pop()
-                record.note(_grad(param), old)
-            if param.grad is None or (not self.several and not record.aside and record.label is label):
+                old, grad = record.aside.pop()
+                if grad.dtype != param.dtype:
+                    param.grad_dtype = None  # an fp16 parameter may then hold an FP32 gradient
+                param.grad = grad
+                record.note(grad, old)
+            if param.grad is None or (not all_recorded and not record.aside and record.label is label):
                 del self._records[key]
 
     def _note_versions(self) -> None:
         for record in self._records.values():
             param = record.param()
             if param is not None and param.grad is not None and record.label is not None:
-                record.note(param.grad, record.label)
+                record.note(param.grad, record.label, record.spent)
 
     def _check_edits(self) -> None:
         """Drops what was set aside where the user zeroed `.grad`; refuses an edit that several losses leave unclear."""
@@ -302,16 +379,17 @@ def _is_bucket_view(grad: Tensor) -> bool:
 
 
 def _fold(aside: list[Labelled]) -> list[Labelled]:
-    """Adds up, unscaled and in FP32, the gradients of each loss that waits under several old scales."""
+    """Adds up, unscaled and in FP32 at least, the gradients of each loss that waits under several old scales."""
     folded: dict[int, Labelled] = {}
     for label, grad in aside:
-        share = grad.float()
+        share = grad.to(torch.promote_types(grad.dtype, torch.float32))
         if label.scale is not None:
             share = share * label.scale.double().reciprocal().float().to(grad.device)
         if label.loss_id in folded:
             kept, total = folded[label.loss_id]
-            kept.counted = kept.counted and label.counted
             total.add_(share)
         else:
-            folded[label.loss_id] = (Label(label.loss_id, None, counted=label.counted), share)
+            kept = Label(label.loss_id, None, counted=True)
+            folded[label.loss_id] = kept, share
+        kept.parts += [part for part in label.parts or [label] if not part.counted]
     return list(folded.values())

@@ -5,12 +5,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mpengine import backend
 from mpengine.gradients import Label
 from mpengine.kernels import layout
+from mpengine.masters import to_device
 from mpengine.scaling import ScalePolicy, ScaleState
 
 
@@ -24,13 +26,13 @@ class LossScales:
     """
 
     def __init__(self, states: Sequence[ScaleState], policy: ScalePolicy, device: torch.device, rows: int) -> None:
-        self.scales = torch.tensor([s.scale for s in states], dtype=torch.float32, device=device)
-        self.counters = torch.tensor([s.counters() for s in states], dtype=torch.int32, device=device)
+        self.scales = to_device(np.array([s.scale for s in states], dtype=np.float32), device)
+        self.counters = to_device(np.array([s.counters() for s in states], dtype=np.int32), device)
         self.labels = [Label(k, self.scales[k]) for k in range(len(states))]
         self._previous = self.scales.clone()  # float32[L], from before the last update
         self._retired: list[weakref.ref[Label] | None] = [None] * len(states)  # whose scale is in _previous
         self._votes = torch.zeros(rows, len(states), layout.VOTE, dtype=torch.float32, device=device)
-        self._policy = torch.tensor(policy.row(), dtype=torch.float64, device=device)
+        self._policy = to_device(np.array(policy.row()), device)
 
     def vote_row(self, row: int) -> Tensor:
         """float32[L, layout.VOTE]: the votes of one optimizer."""
@@ -58,15 +60,18 @@ class LossScales:
 
     def set_scale(self, loss_id: int, value: float | Tensor) -> None:
         """Sets one scale and drops the votes on it; its counters stay."""
-        self._retire(loss_id, fresh=False)
-        self.scales[loss_id] = value
+        self._set(loss_id, value)
         self._votes[:, loss_id].zero_()
 
     def set_states(self, states: Sequence[ScaleState]) -> None:
-        """Sets scales and counters."""
+        """Sets scales and counters; the votes stay, as in torch."""
         for k, state in enumerate(states):
-            self.set_scale(k, state.scale)
+            self._set(k, state.scale)
         self.counters.copy_(torch.tensor([s.counters() for s in states], dtype=torch.int32))
+
+    def _set(self, loss_id: int, value: float | Tensor) -> None:
+        self._retire(loss_id, fresh=False)
+        self.scales[loss_id] = value
 
     def set_policy(self, policy: ScalePolicy) -> None:
         """Sets the policy that the device reads."""

@@ -58,6 +58,20 @@ class Ballot(NamedTuple):
     scale: Tensor | None = None
 
 
+_captured: list[Tensor] = []  # staging buffers that a CUDA graph reads again at every replay
+
+
+def to_device(table: np.ndarray, device: torch.device) -> Tensor:
+    """Uploads a table without a sync: from pinned memory, which torch reuses only after the copy."""
+    host = torch.from_numpy(table)
+    if device.type != "cuda":
+        return host
+    host = host.pin_memory()
+    if torch.cuda.is_current_stream_capturing():
+        _captured.append(host)
+    return host.to(device, non_blocking=True)
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Whether the tensor's elements fill one stretch of memory, in whatever order of dimensions."""
     expected = 1
@@ -140,15 +154,15 @@ class TensorTable:
             row[layout.GROUP] = entry.group
             aligned = layout.ALIGNED if _aligned(entry.param, entry.master, *entry.slots) else 0
             row[layout.FORMAT] = KINDS[entry.param.dtype] + aligned
-        self.rows = torch.from_numpy(rows).to(device)
+        self.rows = to_device(rows, device)
         self.param_kinds = frozenset(KINDS[e.param.dtype] for e in self.entries if e.write_back)
         every = range(len(self.entries))
-        self.inspect_chunks = torch.from_numpy(_chunks(every, numels, layout.INSPECT_CHUNK)).to(device)
+        self.inspect_chunks = to_device(_chunks(every, numels, layout.INSPECT_CHUNK), device)
         self.update_chunks: dict[Rule, Tensor] = {}
         for rule in dict.fromkeys(e.rule for e in self.entries):
             chosen = [i for i in every if self.entries[i].rule == rule]
             chunks = _chunks(chosen, [numels[i] for i in chosen], layout.UPDATE_CHUNK)
-            self.update_chunks[rule] = torch.from_numpy(chunks).to(device)
+            self.update_chunks[rule] = to_device(chunks, device)
         count = len(self.entries)
         self.steps = torch.zeros(count, dtype=torch.int32, device=device)
         self.scalars = torch.zeros(count, layout.SCALARS, dtype=torch.float32, device=device)
@@ -156,7 +170,7 @@ class TensorTable:
         self.found = torch.zeros(num_losses, dtype=torch.int32, device=device)
         self.partials = torch.zeros(len(self.inspect_chunks), dtype=torch.float64, device=device)
         self.counts = torch.zeros(layout.COUNTS, dtype=torch.int32, device=device)
-        self.decision = torch.tensor([0.0, 1.0, 0.0, 0.0], dtype=torch.float32, device=device)
+        self.decision = to_device(np.array([0.0, 1.0, np.nan, 0.0], dtype=np.float32), device)
 
 
 class SourceTable:
@@ -175,8 +189,7 @@ class SourceTable:
         self.device = device
         self.entries: list[list[Source]] = []
         self.ballots: list[Ballot] = []
-        self._uploaded = b""
-        self._staging: list[Tensor] = []
+        self._uploaded: bytes | None = None
 
     def set(self, entries: list[list[Source]], ballots: list[Ballot]) -> None:
         """Describes the gradients of the next step; uploads only when a pointer changed, without a sync."""
@@ -195,16 +208,7 @@ class SourceTable:
             row[:] = (ballot.kind, 0 if ballot.scale is None else ballot.scale.data_ptr())
         content = table.tobytes()
         if content != self._uploaded:
-            self._upload(torch.from_numpy(table))
+            self._device_table = to_device(table, self.device)
             self._uploaded = content
         self.rows = self._device_table[:count].view(len(entries), self.width, layout.SOURCE)
         self.ballot_rows = self._device_table[count:].view(len(ballots), layout.BALLOT)
-
-    def _upload(self, table: Tensor) -> None:
-        if self.device.type != "cuda":
-            self._device_table = table
-            return
-        if not torch.cuda.is_current_stream_capturing():
-            self._staging.clear()  # a captured copy reads its staging buffer again at every replay
-        self._staging.append(table.pin_memory())
-        self._device_table = self._staging[-1].to(self.device, non_blocking=True)

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import gc
 import math
-import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mpengine import checkpoint
+from mpengine import checkpoint, general, holdings, validation
 from mpengine.execution import Execution
+from mpengine.grad_scaler import GradScaler
 from mpengine.gradients import Label, Labelled, parameters
 from mpengine.kernels import layout
-from mpengine.masters import KINDS, Ballot, Entry, arena, is_dense
-from mpengine.rules import ASSIGN, Rule, family_of
-
-if TYPE_CHECKING:
-    from mpengine.grad_scaler import GradScaler
-
-_wrappers: weakref.WeakSet[MixedPrecisionOptimizer] = weakref.WeakSet()
+from mpengine.masters import Ballot
+from mpengine.rules import family_of
 
 
 class MixedPrecisionOptimizer(torch.optim.Optimizer):
@@ -45,7 +38,8 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
             `torch.nn.utils.clip_grad_norm_` does, in the same pass; None: no clipping.
 
     Raises:
-        TypeError: `optimizer` cannot be wrapped (LBFGS, another wrapper, no optimizer at all).
+        TypeError: `optimizer` cannot be wrapped (LBFGS, SparseAdam, another wrapper, no optimizer at all), or `scaler`
+            is not mpengine's.
         ValueError: It has no parameters, one that is wrapped already, or one of a dtype, layout or device that
             has no master.
     """
@@ -61,8 +55,13 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
         _names: Mapping[Tensor, str] | None = None,
         _originals: Mapping[Tensor, Tensor] | None = None,
     ) -> None:
+        if scaler is not None and not isinstance(scaler, GradScaler):
+            raise TypeError(
+                f"scaler is a {type(scaler).__module__}.{type(scaler).__name__}; give a mpengine.GradScaler, or None "
+                "where torch.amp.GradScaler drives the steps."
+            )
         self._names = dict(_names or {})
-        check_wrappable(optimizer, self._names)
+        validation.check_wrappable(optimizer, self._names)
         self._inner = optimizer
         self._family = family_of(optimizer)
         self._scaler: GradScaler | None = None
@@ -70,20 +69,27 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
         self._execution: Execution | None = None
         self._masters: dict[Tensor, Tensor] = {}  # of fp16 and bf16 parameters that are trained
         self._steps: dict[Tensor, Tensor] = {}  # int32, 0-dim; has every parameter that is trained
-        self._versions: dict[Tensor, int] = {}  # of parameters, when their masters were last known to agree
+        self._agreed: dict[Tensor, tuple[Any, ...]] = {}  # parameters' versions and places, see holdings.mark
         self._unscaled: dict[Tensor, Tensor] = {}  # the FP32 gradients that unscale_ put on parameters and masters
         self._counts = [0, 0]
         super().__init__([dict(group) for group in optimizer.param_groups], dict(optimizer.defaults))
         self.param_groups = optimizer.param_groups
-        if self._family is not None:
-            self._optimizer_step_pre_hooks.update(optimizer._optimizer_step_pre_hooks)
-            self._optimizer_step_post_hooks.update(optimizer._optimizer_step_post_hooks)
-        self._register(_originals or {})
-        if self._family is not None:
-            optimizer.state = self.state  # taken over; one state, whichever of the two is asked
+        self._share_hooks()
+        self.state.update({key: general.widened(state) for key, state in optimizer.state.items()})
+        self._register(originals=_originals or {})
+        optimizer.state = self.state  # one state, whichever of the two is asked
         if scaler is not None:
             self._attach(scaler)
-        _wrappers.add(self)
+        validation.wrappers.add(self)
+
+    def _share_hooks(self) -> None:
+        """Hooks of the wrapped optimizer are ours; on the general path its own `step()` runs its step hooks."""
+        kinds = ["state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"]
+        if self._family is not None:
+            kinds += ["step_pre", "step_post"]
+        for kind in kinds:
+            name = f"_optimizer_{kind}_hooks"
+            setattr(self, name, getattr(self._inner, name))
 
     # Parameters, masters and state.
 
@@ -119,111 +125,38 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
             super().add_param_group(param_group)  # torch's constructor builds its own copy of the groups
             return
         params = param_group["params"]
-        group = {**param_group, "params": [params] if isinstance(params, Tensor) else list(params)}
-        for param in group["params"]:
-            _check_param(param, self._name_of(param) or f"new parameter of shape {tuple(param.shape)}")
-        _check_unwrapped(group["params"], self._names, by_others_than=self)
-        self._inner.add_param_group(group)
-        self._register({})
+        params = [params] if isinstance(params, Tensor) else params if isinstance(params, set) else list(params)
+        new = [p[1] if isinstance(p, tuple) else p for p in params]  # named parameters come in pairs
+        for i, param in enumerate(new):
+            validation.check_param(param, self._name_of(param) or f"new parameter {i}")
+        validation.check_unwrapped(new, self._names, by_others_than=self)
+        self._inner.add_param_group({**param_group, "params": params})
+        self._register()
 
-    def _register(self, originals: Mapping[Tensor, Tensor]) -> None:
-        """Gives a master and state to every parameter that needs them now and has none."""
+    def _register(self, originals: Mapping[Tensor, Tensor] | None = None, also: Iterable[Tensor] = ()) -> None:
         self._keep_counts()
         self._execution = None
-        new = [p for p in parameters(self) if p not in self._steps and (p.requires_grad or p.grad is not None)]
-        for device in dict.fromkeys(p.device for p in new):
-            local = [p for p in new if p.device == device]
-            halves = [p for p in local if p.dtype != torch.float32]
-            with torch.no_grad():
-                for param, master in zip(halves, arena(halves, fill=None), strict=True):
-                    master.copy_(originals.get(param, param))
-                    self._masters[param] = torch.nn.Parameter(master)
-            for param in local:
-                self._steps[param] = torch.zeros((), dtype=torch.int32, device=device)
-                self._versions[param] = param._version
-        for group in self.param_groups:
-            if self._family is not None:
-                self._make_slots([p for p in group["params"] if p in self._steps], self._family.variant(group))
-
-    def _make_slots(self, params: list[Tensor], rule: Rule) -> None:
-        """State of zeros for parameters that lack it; state that the wrapped optimizer had is taken over."""
-        for name in rule.slots:
-            for device in dict.fromkeys(p.device for p in params):
-                lacking = [p for p in params if p.device == device and name not in self.state[p]]
-                for param, slot in zip(lacking, arena(lacking), strict=True):
-                    before = self._inner.state.get(param, {}).get(name)
-                    if before is not None:
-                        slot.copy_(before)
-                    self.state[param][name] = slot
-                    if name == "momentum_buffer":  # torch's first momentum buffer is the gradient itself
-                        self._steps[param].fill_(0 if before is None else 1)
-        if self._family is not None and self._family.counts_steps:
-            for param in params:
-                if "step" not in self.state[param]:
-                    before = self._inner.state.get(param, {}).get("step", 0)
-                    self._steps[param].fill_(int(before))
-                    self.state[param]["step"] = self._steps[param]
-
-    def _entries(self) -> dict[int, Entry]:
-        """The tensors by their position among all parameters."""
-        entries: dict[int, Entry] = {}
-        position = 0
-        for g, group in enumerate(self.param_groups):
-            rule = ASSIGN if self._family is None else self._family.variant(group)
-            for param in group["params"]:
-                if param in self._steps:
-                    master = self._masters.get(param, param)
-                    slots = tuple(self.state[param][name] for name in rule.slots)
-                    entries[position] = Entry(param, master, slots, g, rule, master is not param)
-                position += 1
-        return entries
+        holdings.register(self, originals or {}, set(also))
 
     def _ready(self) -> Execution:
-        """The tables, made anew where the parameters, their memory or their rules changed."""
-        params = list(parameters(self))
-        if self._is_incomplete():
-            self._register({})
-        execution = self._execution
+        """The tables, made anew where the parameters, their memory, their state or their rules changed."""
+        holdings.check_unmoved(self)
         scaler = self._active_scaler()
         num_losses = 1 if scaler is None else scaler.num_losses
-        if (
-            execution is None
-            or execution.num_losses != num_losses
-            or any(params[i].data_ptr() != pointer for i, pointer in execution.pointers.items())
-            or any(execution.entries[i].rule != rule for i, rule in self._rules(execution))
-        ):
+        execution = self._execution
+        if execution is None or execution.num_losses != num_losses or not holdings.is_current(self, execution):
             execution = self._build(num_losses)
-        self._adopt_outside_changes()
+        holdings.adopt_outside_changes(self)
         return execution
 
-    def _is_incomplete(self) -> bool:
-        """Whether a parameter was unfrozen, or the user cleared the state."""
-        incomplete = False
-        for group in self.param_groups:
-            needs_state = self._family is not None and bool(self._family.variant(group).slots)
-            for param in group["params"]:
-                if param in self._steps:
-                    self._check_unmoved(param)
-                    incomplete = incomplete or (needs_state and param not in self.state)
-                else:
-                    incomplete = incomplete or param.grad is not None
-        return incomplete
-
-    def _rules(self, execution: Execution) -> Iterator[tuple[int, Rule]]:
-        if self._family is None:
-            return
-        variants = [self._family.variant(group) for group in self.param_groups]
-        for i, entry in execution.entries.items():
-            yield i, variants[entry.group]
-
     def _build(self, num_losses: int) -> Execution:
-        self._register({})
-        execution = self._execution = Execution(self._entries(), num_losses)
+        self._register()
+        execution = self._execution = Execution(holdings.entries(self), num_losses)
         for i, view in execution.step_views().items():
             param = execution.entries[i].param
             view.copy_(self._steps[param])
             self._steps[param] = view
-            if "step" in self.state.get(param, {}):
+            if self._family is not None and self._family.counts_steps:
                 self.state[param]["step"] = view
         execution.set_counts(self._counts)
         return execution
@@ -231,31 +164,6 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
     def _keep_counts(self) -> None:
         if self._execution is not None:
             self._counts = self._execution.get_counts()
-
-    def _check_unmoved(self, param: Tensor) -> None:
-        steps = self._steps[param]
-        if param.device != steps.device:
-            raise RuntimeError(
-                f"{self._name_of(param)} moved from {steps.device} to {param.device} after it was wrapped; its master "
-                "and state did not. Move the model first, then call mpengine.prepare."
-            )
-        if (param in self._masters) != (param.dtype != torch.float32) or param.dtype not in KINDS:
-            raise RuntimeError(
-                f"{self._name_of(param)} became {param.dtype} after it was wrapped. Cast the model before "
-                "mpengine.prepare, which casts it to fp16 itself."
-            )
-
-    @torch.no_grad()
-    def _adopt_outside_changes(self) -> None:
-        """Where somebody else wrote a parameter, its master follows, element by element.
-
-        The master stays where it still rounds to the parameter, so loading the model's weights of a checkpoint
-        leaves the masters of that checkpoint alone, whichever of the two was loaded first.
-        """
-        for param, master in self._masters.items():
-            if param._version != self._versions[param]:
-                master.copy_(torch.where(master.to(param.dtype) == param, master, param.to(torch.float32)))
-                self._versions[param] = param._version
 
     # Stepping.
 
@@ -274,6 +182,7 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
                 that moved or was cast. Nothing has changed then.
             AssertionError: With a scaler: no `scale()` came before, or no parameter has a gradient.
         """
+        self._inner._opt_called = True  # type: ignore[attr-defined]  # schedulers made for the wrapped optimizer ask
         scaler = self._active_scaler()
         if closure is not None and scaler is not None:
             raise RuntimeError(
@@ -296,7 +205,8 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
             return loss
         ballots = [Ballot(layout.ABSENT)] if scaler is None or state is None else scaler._ballots(state, pending)
         votes = None if scaler is None else scaler._vote_row(self)
-        found_inf = getattr(self, "found_inf", None)  # from torch.amp.GradScaler
+        # From torch.amp.GradScaler, or what unscale_ found: a gradient that was repaired since does not undo the skip.
+        found_inf = getattr(self, "found_inf", None) if state is None else next(iter(state.found_inf.values()), None)
         hyper = [self._family.hyperparameters(group) for group in self.param_groups] if self._family else [[0.0]]
         execution.inspect(pending, ballots)
         execution.decide(hyper, self._max_grad_norm or math.inf, self._family, found_inf, votes)
@@ -326,61 +236,26 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
             for i, (label, grad) in enumerate(labelled):
                 if master is not None and master.grad is not None and grad is self._unscaled.get(param):
                     labelled[i] = (label, master.grad)  # the user may have replaced it there
-                self._check_grad(param, labelled[i][1])
+                validation.check_grad(param, labelled[i][1], self._name_of)
         return pending
 
-    def _check_grad(self, param: Tensor, grad: Tensor) -> None:
-        remedy = ""
-        if grad.layout is not torch.strided:
-            remedy = f"is {grad.layout}: use dense gradients (nn.Embedding(sparse=False))"
-        elif grad.dtype not in KINDS:
-            remedy = f"is {grad.dtype}: cast it to {param.dtype} or float32"
-        elif grad.device != param.device:
-            remedy = f"lies on {grad.device}, the parameter on {param.device}: move it there"
-        if remedy:
-            raise RuntimeError(f"the gradient of {self._name_of(param)} {remedy}.")
-
     def _step_inner(self, execution: Execution, pending: list[list[Labelled]]) -> None:
-        """The general path: the wrapped optimizer steps on the masters with unscaled, clipped FP32 gradients."""
-        active = {i: execution.entries[i] for i, labelled in enumerate(pending) if labelled}
-        buffers = _gradient_buffers(active)
-        execution.write(buffers, clipped=True)
-        with self._masters_inside(active, buffers):
-            self._inner.step()
+        """The wrapped optimizer steps on the masters with unscaled, clipped FP32 gradients."""
+        active = [i for i, labelled in enumerate(pending) if labelled]
+        grads = {execution.entries[i].param: grad for i, grad in execution.unscaled(active, clipped=True).items()}
+        general.step(self._inner, self.state, {p: self._masters.get(p, p) for p in self._steps}, grads)
         with torch.no_grad():
             for param, master in self._masters.items():
                 param.copy_(master)
-        for param in self._steps:
-            master = self._masters.get(param, param)
-            if master in self._inner.state:
-                self.state[param] = self._inner.state[master]
-
-    @contextmanager
-    def _masters_inside(self, active: dict[int, Entry], buffers: dict[int, Tensor]) -> Iterator[None]:
-        outside = [group["params"] for group in self.param_groups]
-        grads = {entry.param: entry.param.grad for entry in active.values()}
-        try:
-            for group, params in zip(self.param_groups, outside, strict=True):
-                group["params"] = [self._masters.get(p, p) for p in params if p in self._steps]
-            for i, entry in active.items():
-                entry.master.grad = buffers[i]
-            yield
-        finally:
-            for group, params in zip(self.param_groups, outside, strict=True):
-                group["params"] = params
-            for param, grad in grads.items():
-                if param not in self._masters:
-                    param.grad = grad
 
     def _finish(self, execution: Execution, pending: list[list[Labelled]]) -> None:
         written = [execution.entries[i].param for i, labelled in enumerate(pending) if labelled]
         if self._family is not None:  # the kernels' writes are invisible to autograd until it is told
             torch.autograd.graph.increment_version(written)
-        for param, master in self._masters.items():
-            self._versions[param] = param._version
+        holdings.mark(self, self._masters)
+        for master in self._masters.values():
             master.grad = None
         self._unscaled.clear()
-        self._inner._opt_called = True  # type: ignore[attr-defined]  # schedulers made for the wrapped optimizer ask
 
     def _attach(self, scaler: GradScaler) -> None:
         if self._scaler is None:
@@ -399,15 +274,16 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
         pending = self._gather()
         ballots = self._scaler._ballots(self._scaler._state(self), pending)
         execution.inspect(pending, ballots)
-        active = {i: execution.entries[i] for i, labelled in enumerate(pending) if labelled}
-        buffers = _gradient_buffers(active)
-        execution.write(buffers, clipped=False)
+        grads = execution.unscaled([i for i, labelled in enumerate(pending) if labelled], clipped=False)
         execution.cast_votes(self._scaler._vote_row(self), ballots)
         execution.release()
-        for i, entry in active.items():
+        for master in self._masters.values():
+            master.grad = None  # of an earlier unscale_
+        for i, grad in grads.items():
+            entry = execution.entries[i]
             entry.param.grad = None
             entry.param.grad_dtype = None  # an fp16 parameter may then hold an FP32 gradient
-            entry.param.grad = entry.master.grad = self._unscaled[entry.param] = buffers[i]
+            entry.param.grad = entry.master.grad = self._unscaled[entry.param] = grad
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops all pending gradients, those set aside for other losses too."""
@@ -459,8 +335,14 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """torch.optim's format; each parameter's state has its "master" beside the rule's tensors."""
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
         self._keep_counts()
-        return checkpoint.pack(self)
+        state_dict = checkpoint.pack(self)
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            replaced = post_hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state of this class, or of the wrapped class in torch.optim's format.
@@ -485,66 +367,7 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
         self._family = family_of(self._inner)
         self._execution = None
         self._unscaled = {}
-        self._versions = dict.fromkeys(self._steps, -1)
+        self._agreed = {}
         if self._scaler is not None:
             self._scaler.watch(self)
-        _wrappers.add(self)
-
-
-def _gradient_buffers(active: dict[int, Entry]) -> dict[int, Tensor]:
-    """Uninitialised FP32 tensors like the parameters, one allocation for each device."""
-    buffers: dict[int, Tensor] = {}
-    for device in dict.fromkeys(entry.param.device for entry in active.values()):
-        local = [i for i, entry in active.items() if entry.param.device == device]
-        buffers.update(zip(local, arena([active[i].param for i in local], fill=None), strict=True))
-    return buffers
-
-
-def check_wrappable(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> None:
-    """Raises TypeError or ValueError, with the remedy, where the optimizer cannot be wrapped."""
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}.")
-    if isinstance(optimizer, MixedPrecisionOptimizer):
-        raise TypeError("optimizer is a MixedPrecisionOptimizer already; use it as it is.")
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise TypeError(
-            "LBFGS evaluates its closure several times within a step, which cannot be scaled or skipped as one; use "
-            "SGD, Adam, AdamW or another optimizer that steps once, or keep LBFGS with FP32 parameters."
-        )
-    params = list(parameters(optimizer))
-    if not params:
-        raise ValueError(f"this {type(optimizer).__name__} has no parameters; give it model.parameters().")
-    for i, param in enumerate(params):
-        _check_param(param, names.get(param, f"parameter {i} of shape {tuple(param.shape)}"))
-    _check_unwrapped(params, names)
-
-
-def _check_param(param: Any, name: str) -> None:
-    if not isinstance(param, Tensor):
-        raise TypeError(f"{name} is a {type(param).__name__}, not a Tensor.")
-    if param.dtype not in KINDS:
-        raise ValueError(f"{name} is {param.dtype}; mpengine trains float16, bfloat16 and float32: cast it first.")
-    if param.layout is not torch.strided or not is_dense(param):
-        raise ValueError(
-            f"{name} has strides {param.stride() if param.layout is torch.strided else param.layout} for shape "
-            f"{tuple(param.shape)}, which leave gaps or overlap in memory; make it dense, with .contiguous() say."
-        )
-    if param.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"{name} lies on {param.device}; mpengine trains on cpu and cuda. Move the model first.")
-
-
-def _check_unwrapped(
-    params: list[Tensor], names: Mapping[Tensor, str], by_others_than: MixedPrecisionOptimizer | None = None
-) -> None:
-    def clash() -> Tensor | None:
-        owned = {id(p) for wrapper in _wrappers if wrapper is not by_others_than for p in parameters(wrapper)}
-        return next((p for p in params if id(p) in owned), None)
-
-    if clash() is not None:
-        gc.collect()  # a wrapper that is only waiting for the garbage collector does not count
-    param = clash()
-    if param is not None:
-        raise ValueError(
-            f"{names.get(param, f'a parameter of shape {tuple(param.shape)}')} is wrapped by another "
-            "MixedPrecisionOptimizer already, which holds its master. Use that one, or delete it first (del optimizer)."
-        )
+        validation.wrappers.add(self)

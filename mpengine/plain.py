@@ -35,7 +35,8 @@ def unscale(
             if grad.dtype == torch.float16:
                 raise ValueError(
                     f"Attempting to unscale FP16 gradients: parameter {i} of this {type(optimizer).__name__} is "
-                    "fp16 and has no FP32 master. Wrap the optimizer: optimizer = mpengine.prepare(model, optimizer, scaler)."
+                    "fp16 and has no FP32 master. Wrap the optimizer: "
+                    "optimizer = mpengine.prepare(model, optimizer, scaler)."
                 )
     batches: dict[tuple[torch.device, torch.dtype, int], tuple[Label, list[Tensor]]] = {}
     for labelled in pending:

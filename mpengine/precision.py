@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from typing import Any
 
 import torch
@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from mpengine.grad_scaler import GradScaler
 from mpengine.gradients import parameters
-from mpengine.optimizer import MixedPrecisionOptimizer, check_wrappable
+from mpengine.optimizer import MixedPrecisionOptimizer
+from mpengine.validation import check_wrappable
 
 # Their CPU and CUDA implementations take fp16 input beside FP32 weights and compute in FP32.
 _BATCH_NORMS: tuple[type[nn.Module], ...] = (nn.modules.batchnorm._BatchNorm,)
+_LOW = (torch.float16, torch.bfloat16)
 
 NORMALIZATION: tuple[type[nn.Module], ...] = (
     *_BATCH_NORMS,
@@ -67,13 +69,8 @@ def prepare(
         >>> scaler = mpengine.GradScaler()
         >>> optimizer = mpengine.prepare(model, torch.optim.AdamW(model.parameters(), lr=3e-4), scaler)
     """
-    if dtype not in (torch.float16, torch.bfloat16):
+    if dtype not in _LOW:
         raise ValueError(f"dtype is {dtype}; it must be torch.float16 or torch.bfloat16.")
-    if scaler is not None and not isinstance(scaler, GradScaler):
-        raise TypeError(
-            f"scaler is a {type(scaler).__module__}.{type(scaler).__name__}; give a mpengine.GradScaler, or None where "
-            "torch.amp.GradScaler drives the steps."
-        )
     names: dict[Tensor, str] = {param: name for name, param in model.named_parameters(remove_duplicate=False)}
     check_wrappable(optimizer, names)
     strangers = [i for i, param in enumerate(parameters(optimizer)) if param not in names]
@@ -82,7 +79,8 @@ def prepare(
             f"parameters {strangers[:8]} of this {type(optimizer).__name__} do not belong to the model; give prepare "
             "the model that owns all of them (a torch.nn.ModuleList of several, say)."
         )
-    kept = list(_kept(model, keep_fp32))
+    chosen = _chosen(model, keep_fp32)
+    kept = _kept(model, chosen)
     trained = set(map(id, parameters(optimizer)))
     params = [p for p in _cast_params(model, kept) if id(p) in trained or not p.requires_grad]
     for param in params:
@@ -102,28 +100,30 @@ def prepare(
     for module, name, buffer in buffers:
         module._buffers[name] = buffer.to(dtype)
     for module in kept:
-        _accept_low_precision(module)
+        if not isinstance(module, _BATCH_NORMS) and _has_float32(module, below=module in chosen):
+            _compute_in_float32(module, dtype)
     return wrapper
 
 
-def _kept(model: nn.Module, keep_fp32: KeepFp32 | None) -> Iterator[nn.Module]:
-    """The modules whose own parameters and buffers stay FP32."""
-    if keep_fp32 is None or callable(keep_fp32):
-        chosen = keep_fp32 or (lambda name, module: False)
-        wanted = [module for name, module in model.named_modules() if chosen(name, module)]
-    else:
-        kinds = list(keep_fp32)
-        types = tuple(kind for kind in kinds if isinstance(kind, type))
-        prefixes = [kind for kind in kinds if isinstance(kind, str)]
-        known = dict(model.named_modules())
-        for prefix in prefixes:
-            if prefix not in known:
-                raise ValueError(f"keep_fp32 names the module '{prefix}', which the model does not have.")
-        wanted = [m for m in model.modules() if isinstance(m, types)] + [known[prefix] for prefix in prefixes]
-    below = {id(m) for module in wanted for m in module.modules()}
-    for name, module in model.named_modules():
-        if id(module) in below or is_normalization(name, module):
-            yield module
+def _chosen(model: nn.Module, keep_fp32: KeepFp32 | None) -> set[nn.Module]:
+    """The modules that `keep_fp32` names."""
+    if keep_fp32 is None:
+        return set()
+    if callable(keep_fp32):
+        return {module for name, module in model.named_modules() if keep_fp32(name, module)}
+    kinds = list(keep_fp32)
+    known = dict(model.named_modules())
+    for kind in kinds:
+        if isinstance(kind, str) and kind not in known:
+            raise ValueError(f"keep_fp32 names the module '{kind}', which the model does not have.")
+    types = tuple(kind for kind in kinds if isinstance(kind, type))
+    return {module for name, module in known.items() if isinstance(module, types) or name in kinds}
+
+
+def _kept(model: nn.Module, chosen: Set[nn.Module]) -> list[nn.Module]:
+    """The modules whose own parameters and buffers stay FP32: norms, the chosen ones and all below these."""
+    below = {module for root in chosen for module in root.modules()}
+    return [module for name, module in model.named_modules() if module in below or is_normalization(name, module)]
 
 
 def _cast_params(model: nn.Module, kept: list[nn.Module]) -> list[Tensor]:
@@ -155,30 +155,64 @@ def _check_fits(param: Tensor, name: str, dtype: torch.dtype) -> None:
         )
 
 
-def _accept_low_precision(module: nn.Module) -> None:
-    """Lets an FP32 module take fp16 activations and return their dtype, on every device, in autocast and out of it."""
-    if isinstance(module, _BATCH_NORMS) or not list(module.parameters(recurse=False)):
-        return
-    if _widen in module._forward_pre_hooks.values():
-        return
-    module.register_forward_pre_hook(_widen, with_kwargs=True)
-    module.register_forward_hook(_narrow, with_kwargs=True)
+def _compute_in_float32(module: nn.Module, dtype: torch.dtype) -> None:
+    """Lets an FP32 module take low-precision activations and return their dtype, on every device, and compute in FP32.
+
+    Autocast is off within: it would cast the FP32 weights down. Where no argument is floating (an embedding's), the
+    result becomes `dtype`.
+    """
+    module.__dict__["_result_dtype"] = dtype
+    if _enter not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(_enter, with_kwargs=True)
+        module.register_forward_hook(_leave, with_kwargs=True, always_call=True)
 
 
-def _widen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    floats = [a.dtype for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.is_floating_point()]
-    module.__dict__["_activation_dtype"] = floats[0] if floats else None
-    return tuple(map(_to_float32, args)), {key: _to_float32(value) for key, value in kwargs.items()}
+def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    tensors = list(_tensors((args, kwargs)))
+    dtypes = [t.dtype for t in tensors if t.is_floating_point()]
+    device = (tensors or list(_own_tensors(module, below=True)))[0].device.type
+    outside = (dtypes[0] if dtypes else module.__dict__["_result_dtype"], device, torch.is_autocast_enabled(device))
+    module.__dict__.setdefault("_outside", []).append(outside)
+    torch.set_autocast_enabled(device, False)
+    return _to_float32(args), _to_float32(kwargs)
 
 
-def _narrow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    dtype = module.__dict__.pop("_activation_dtype", None)
-    if dtype in (torch.float16, torch.bfloat16) and isinstance(output, Tensor) and output.dtype == torch.float32:
-        return output.to(dtype)
-    return output
+def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    dtype, device, autocast = module.__dict__["_outside"].pop()
+    torch.set_autocast_enabled(device, autocast)
+    return _mapped(lambda t: t.to(dtype) if t.dtype == torch.float32 else t, output) if dtype in _LOW else output
 
 
 def _to_float32(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16):
-        return value.float()
+    return _mapped(lambda t: t.float() if t.dtype in _LOW else t, value)
+
+
+def _mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """The value with `change` applied to its tensors, in tuples, lists and dicts too."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (list, tuple)):
+        parts = [_mapped(change, part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if type(value) is dict:
+        return {key: _mapped(change, part) for key, part in value.items()}
     return value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _tensors(part)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
+def _own_tensors(module: nn.Module, below: bool) -> Iterator[Tensor]:
+    yield from module.parameters(recurse=below)
+    yield from module.buffers(recurse=below)
+
+
+def _has_float32(module: nn.Module, below: bool) -> bool:
+    return any(tensor.dtype == torch.float32 for tensor in _own_tensors(module, below))

@@ -111,11 +111,11 @@ def decide(
     overflowed = (found == attempt).any(dim=0).tolist()
     outside = found_inf is not None and float(found_inf) != 0.0
     skip = any(overflowed) or outside
-    with np.errstate(over="ignore"):
-        norm = np.float32(math.sqrt(float(partials.sum()))) if not skip else np.float32("nan")
     clip = np.float32(1.0)
-    if not skip and float(max_norm) != math.inf:
-        clip = min(np.float32(1.0), np.float32(float(max_norm)) / (norm + np.float32(1e-6)))
+    with np.errstate(over="ignore", invalid="ignore"):
+        norm = np.float32(math.sqrt(float(partials.sum()))) if not skip else np.float32("nan")
+        if not skip and float(max_norm) != math.inf:
+            clip = min(clip, np.float32(float(max_norm)) / (norm + np.float32(1e-6)))
     table.decision.copy_(torch.tensor([float(skip), float(clip), float(norm), 0.0]))
     table.counts[layout.SKIPPED if skip else layout.TAKEN] += 1
     if not skip and table.entries:
@@ -124,7 +124,8 @@ def decide(
         if family is not None:
             groups = [entry.group for entry in table.entries]
             rows = hyper.numpy()[groups]
-            columns = SCALAR_FUNCTIONS[family.name](rows.T, table.steps.numpy())
+            steps = np.maximum(table.steps.numpy(), 1)  # a tensor that has never stepped: 0 would divide by 0
+            columns = SCALAR_FUNCTIONS[family.name](rows.T, steps)
             for column, values in enumerate(columns):
                 table.scalars[:, column] = torch.from_numpy(np.broadcast_to(values, len(groups)).astype(np.float32))
     if votes is not None:
@@ -269,18 +270,17 @@ def adam_scalars(h: np.ndarray, step: np.ndarray) -> list[np.ndarray]:
     lr, beta1, beta2, eps, weight_decay, maximize, decoupled = h[:7]
     bias_correction1 = 1.0 - power(beta1, step)
     bias_correction2 = 1.0 - power(beta2, step)
-    with np.errstate(divide="ignore"):  # a tensor that has never stepped
-        return [
-            1.0 - 2.0 * maximize,
-            np.where(decoupled != 0, 0.0, weight_decay),
-            np.where(decoupled != 0, 1.0 - lr * weight_decay, 1.0),
-            1.0 - beta1,
-            beta2,
-            1.0 - beta2,
-            1.0 / np.sqrt(bias_correction2),
-            lr / bias_correction1,
-            eps,
-        ]
+    return [
+        1.0 - 2.0 * maximize,
+        np.where(decoupled != 0, 0.0, weight_decay),
+        np.where(decoupled != 0, 1.0 - lr * weight_decay, 1.0),
+        1.0 - beta1,
+        beta2,
+        1.0 - beta2,
+        1.0 / np.sqrt(bias_correction2),
+        lr / bias_correction1,
+        eps,
+    ]
 
 
 def adam(p: Tensor, g: Tensor, slots: tuple[Tensor, ...], c: Sequence[float]) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -302,7 +302,8 @@ def _adam_moments(p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: Sequence[float]
     sign, coupled_decay, decay_factor, one_minus_beta1, beta2, one_minus_beta2 = c[:6]
     g = g * sign + p * coupled_decay
     p = p * decay_factor
-    m = m + (g - m) * one_minus_beta1
+    way = g - m  # torch's lerp: from the nearer end, so that beta1 = 0 gives g itself
+    m = g - way * (1.0 - one_minus_beta1) if one_minus_beta1 >= 0.5 else m + way * one_minus_beta1
     v = v * beta2 + (g * one_minus_beta2) * g
     return p, m, v
 

@@ -36,7 +36,7 @@ class LossScaleCollapse(RuntimeError):
 
 
 class Watchdog:
-    """Raises `LossScaleCollapse` after `limit` overflows in a row of one loss; None: never.
+    """Raises `LossScaleCollapse` after `limit` overflows in a row of one loss and at each that follows; None: never.
 
     On a CPU it looks at once. On CUDA each look starts a copy of the counters into pinned memory and judges the
     last copy that has arrived, so it notices a few updates late.
@@ -44,6 +44,7 @@ class Watchdog:
 
     def __init__(self, limit: int | None) -> None:
         self.limit = limit
+        self._told: dict[int, int] = {}  # how often a loss had overflowed when that was last raised
         self.forget()
 
     def forget(self) -> None:
@@ -73,9 +74,11 @@ class Watchdog:
 
     def _judge(self, counters: Tensor, scales: Tensor | None, names_of: Callable[[int], list[str]]) -> None:
         assert self.limit is not None
-        for loss_id, skips in enumerate(counters[:, layout.CONSECUTIVE_OVERFLOWS].tolist()):
-            if skips >= self.limit:
+        for loss_id, row in enumerate(counters.tolist()):
+            skips, overflows = row[layout.CONSECUTIVE_OVERFLOWS], row[layout.OVERFLOWS]
+            if skips >= self.limit and self._told.get(loss_id) != overflows:
                 self.forget()
+                self._told[loss_id] = overflows
                 scale = float("nan") if scales is None else float(scales[loss_id])
                 raise LossScaleCollapse(loss_id, scale, skips, names_of(loss_id))
 
@@ -84,4 +87,5 @@ class Watchdog:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.limit = state["limit"]
+        self._told = {}
         self.forget()

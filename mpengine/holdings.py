@@ -1,0 +1,161 @@
+"""What an optimizer holds for each parameter that it trains: FP32 master, state, step count; and keeping them true.
+
+A parameter has them from the moment that it is wrapped, or was frozen then, from the step at which it first has a
+gradient. Users may change parameters, state and groups between steps: `is_current` notices, `register` and `entries`
+set things right, `adopt_outside_changes` lets masters follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Set
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mpengine import validation
+from mpengine.execution import Execution, memory_of
+from mpengine.gradients import parameters
+from mpengine.masters import Entry, arena, same_layout
+from mpengine.rules import ASSIGN, Family, Rule
+
+if TYPE_CHECKING:
+    from mpengine.optimizer import MixedPrecisionOptimizer
+
+
+@torch.no_grad()
+def register(optimizer: MixedPrecisionOptimizer, originals: Mapping[Tensor, Tensor], also: Set[Tensor]) -> None:
+    """Gives a master and state to every parameter that needs them now and has none.
+
+    Args:
+        optimizer: Whose parameters.
+        originals: FP32 values of parameters that were cast; their masters start from them.
+        also: Parameters that get theirs though they are frozen.
+    """
+    held, masters = optimizer._steps, optimizer._masters
+    new = [p for p in parameters(optimizer) if p not in held and (p.requires_grad or p.grad is not None or p in also)]
+    for device in dict.fromkeys(p.device for p in new):
+        local = [p for p in new if p.device == device]
+        halves = [p for p in local if p.dtype != torch.float32]
+        for param, master in zip(halves, arena(halves, fill=None), strict=True):
+            masters[param] = torch.nn.Parameter(master.copy_(originals.get(param, param)))
+        for param in local:
+            filled = optimizer.state.get(param, {}).get("momentum_buffer") is not None
+            held[param] = torch.full((), int(filled), dtype=torch.int32, device=device)
+    mark(optimizer, new)
+    if optimizer._family is not None:
+        for group in optimizer.param_groups:
+            params = [p for p in group["params"] if p in held]
+            _make_slots(optimizer, params, optimizer._family.variant(group))
+            _forget_unfilled(optimizer, params, optimizer._family, optimizer._family.variant(group))
+            if optimizer._family.counts_steps:
+                _share_counts(optimizer, params)
+
+
+def _make_slots(optimizer: MixedPrecisionOptimizer, params: list[Tensor], rule: Rule) -> None:
+    """Puts the state of the rule into tensors that the kernels can step: what is there is kept, else zeros."""
+    for name in rule.slots:
+        for device in dict.fromkeys(p.device for p in params):
+            unfit = [p for p in params if p.device == device and not _fits(optimizer.state[p].get(name), p)]
+            for param, slot in zip(unfit, arena(unfit), strict=True):
+                before = optimizer.state[param].get(name)
+                if before is not None:
+                    validation.check_slot(param, name, before, optimizer._name_of)
+                    slot.copy_(before)
+                elif name == "momentum_buffer":
+                    optimizer._steps[param].zero_()  # torch's first momentum buffer is the gradient itself
+                optimizer.state[param][name] = slot
+
+
+def _fits(slot: Any, param: Tensor) -> bool:
+    return (
+        isinstance(slot, Tensor)
+        and slot.dtype == torch.float32
+        and slot.device == param.device
+        and same_layout(slot, param)
+    )
+
+
+def _forget_unfilled(optimizer: MixedPrecisionOptimizer, params: list[Tensor], family: Family, rule: Rule) -> None:
+    """Drops state that the rule does not keep and no step has filled: momentum set to 0 before the first step."""
+    for param in params:
+        for name in set(family.slots).difference(rule.slots).intersection(optimizer.state.get(param, {})):
+            if int(optimizer._steps[param]) == 0:
+                del optimizer.state[param][name]
+
+
+def _share_counts(optimizer: MixedPrecisionOptimizer, params: list[Tensor]) -> None:
+    """`state["step"]` is the count that the device advances; a value that the user put there is taken over."""
+    for param in params:
+        state, count = optimizer.state[param], optimizer._steps[param]
+        if state.get("step") is not count:
+            count.fill_(int(state.get("step", 0)))
+            state["step"] = count
+
+
+def entries(optimizer: MixedPrecisionOptimizer) -> dict[int, Entry]:
+    """The tensors by their position among all parameters; masters are brought into their parameter's layout."""
+    found: dict[int, Entry] = {}
+    position = 0
+    for g, group in enumerate(optimizer.param_groups):
+        rule = _rule(optimizer, group)
+        for param in group["params"]:
+            if param in optimizer._steps:
+                master = optimizer._masters.get(param, param)
+                if not same_layout(master, param):  # the model went to channels_last after it was wrapped
+                    (moved,) = arena([param], fill=None)
+                    master.data = moved.copy_(master.detach())
+                slots = tuple(optimizer.state[param][name] for name in rule.slots)
+                found[position] = Entry(param, master, slots, g, rule, master is not param)
+            position += 1
+    return found
+
+
+def is_current(optimizer: MixedPrecisionOptimizer, execution: Execution) -> bool:
+    """Whether the tables describe the parameters, their memory, their state and their rules as they are."""
+    position = 0
+    for group in optimizer.param_groups:
+        rule = _rule(optimizer, group)
+        for param in group["params"]:
+            entry = execution.entries.get(position)
+            if entry is None:
+                if param.grad is not None:  # it was unfrozen
+                    return False
+            elif entry.param is not param or entry.rule != rule or memory_of(param) != execution.memory[position]:
+                return False
+            elif rule.slots:
+                state, count = optimizer.state.get(param, {}), optimizer._steps[param]
+                if state.get("step", count) is not count or any(
+                    state.get(name) is not slot for name, slot in zip(rule.slots, entry.slots, strict=True)
+                ):
+                    return False
+            position += 1
+    return True
+
+
+def _rule(optimizer: MixedPrecisionOptimizer, group: Mapping[str, Any]) -> Rule:
+    return ASSIGN if optimizer._family is None else optimizer._family.variant(group)
+
+
+def check_unmoved(optimizer: MixedPrecisionOptimizer) -> None:
+    """Raises RuntimeError where a parameter has another device, dtype or shape than its master was made for."""
+    for param, count in optimizer._steps.items():
+        validation.check_unmoved(param, optimizer._masters.get(param, param), count.device, optimizer._name_of)
+
+
+def mark(optimizer: MixedPrecisionOptimizer, params: Iterable[Tensor]) -> None:
+    """Notes that masters agree with these parameters now; who writes one, or replaces its `.data`, is noticed."""
+    optimizer._agreed.update({p: (p._version, *memory_of(p)) for p in params})
+
+
+@torch.no_grad()
+def adopt_outside_changes(optimizer: MixedPrecisionOptimizer) -> None:
+    """Where somebody else wrote a parameter, its master follows, element by element.
+
+    The master stays where it still rounds to the parameter, so loading the model's weights of a checkpoint leaves
+    the masters of that checkpoint alone, whichever of the two was loaded first.
+    """
+    for param, master in optimizer._masters.items():
+        if optimizer._agreed.get(param) != (param._version, *memory_of(param)):
+            master.copy_(torch.where(master.to(param.dtype) == param, master, param.to(torch.float32)))
+            mark(optimizer, [param])

@@ -1,0 +1,487 @@
+"""What an optimizer holds for its parameters stays true while users freeze, write, move and replace things.
+
+The arithmetic of `dyadic` runs is exact in FP32 (numbers of few bits, factors that are powers of two), so torch's
+result on FP32 parameters is the result, bit for bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import mpengine
+from mpengine import MixedPrecisionOptimizer
+from tests.harness import (
+    BRAIN,
+    EVERY,
+    FUSED,
+    GENERAL,
+    HALF,
+    SINGLE,
+    feed,
+    gradients,
+    network,
+    parameters,
+    prepared,
+    same_bits,
+    snapshot,
+    train,
+    twins_of,
+)
+from tests.oracle import Oracle
+
+every_optimizer = pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
+one_of_each_path = pytest.mark.parametrize("make", [FUSED["adam"], GENERAL["RMSprop"]], ids=["fused", "general"])
+
+
+def dyadic_params(dtypes=(HALF, SINGLE)):
+    return [nn.Parameter(torch.arange(1.0, 6.0).to(dtype)) for dtype in dtypes]
+
+
+def dyadic_grads(params, step):
+    return [torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0]).roll(step).to(p.dtype) for p in params]
+
+
+def dyadic_sgd(params, **kw):
+    return torch.optim.SGD(params, **{"lr": 0.5, "momentum": 0.5, "dampening": 0.25, "foreach": False, **kw})
+
+
+class Pair:
+    """Our optimizer on fp16 and FP32 parameters beside torch's on FP32 ones, in exact arithmetic."""
+
+    def __init__(self, **options):
+        self.params = dyadic_params()
+        self.twins = twins_of(self.params)
+        self.ours = MixedPrecisionOptimizer(dyadic_sgd(self.params, **options))
+        self.theirs = dyadic_sgd(self.twins, **options)
+
+    def both(self, change):
+        change(self.ours)
+        change(self.theirs)
+
+    def run(self, steps, active=(True, True)):
+        for step in steps:
+            grads = [grad if on else None for grad, on in zip(dyadic_grads(self.params, step), active, strict=True)]
+            feed(self.params, grads)
+            feed(self.twins, [None if grad is None else grad.to(SINGLE, copy=True) for grad in grads])
+            self.ours.step()
+            self.theirs.step()
+            assert same_bits(list(self.ours.master_params()), self.twins)
+            assert same_bits(self.params[0], self.twins[0].half())
+
+
+# Hyperparameters.
+
+
+def momentum_of(value):
+    def change(optimizer):
+        optimizer.param_groups[0]["momentum"] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "momenta",
+    [(0.0, 0.5), (0.5, 0.0, 0.5), (0.0, 0.5, 0.0, 0.5), (0.5, 0.25)],
+)
+@pytest.mark.parametrize("steps", [1, 2])
+def test_momentum_may_be_switched_on_and_off(momenta, steps):
+    pair = Pair(momentum=momenta[0])
+    for phase, momentum in enumerate(momenta):
+        pair.both(momentum_of(momentum))
+        pair.run(range(phase * steps, (phase + 1) * steps))
+
+
+def test_momentum_switched_off_before_the_first_step():
+    """torch has no buffer yet then, so the one that comes later starts with the gradient, undampened."""
+    pair = Pair(momentum=0.5)
+    pair.both(momentum_of(0.0))
+    pair.run(range(2))
+    pair.both(momentum_of(0.5))
+    pair.run(range(2, 5))
+
+
+def test_a_skipped_first_step_leaves_no_momentum_buffer():
+    """torch's fused SGD keeps an uninitialised one then."""
+    pair = Pair()
+    feed(pair.params, [torch.full_like(p, math.nan) for p in pair.params])
+    pair.ours.step()
+    assert pair.ours.last_step_skipped
+    pair.run(range(3))
+
+
+@pytest.mark.parametrize("make", FUSED.values(), ids=FUSED)
+def test_lr_may_change_every_step(make):
+    """And a tensor that a scheduler fills in place is read at every step."""
+    number, tensor = parameters(), parameters()
+    one = MixedPrecisionOptimizer(make(number, lr=0.125))
+    other = MixedPrecisionOptimizer(make(tensor, lr=torch.tensor(0.125)))
+    for step, lr in enumerate((0.125, 0.25, 0.0, 1.0, 0.0625)):
+        one.param_groups[0]["lr"] = lr
+        other.param_groups[0]["lr"].fill_(lr)
+        for params, optimizer in ((number, one), (tensor, other)):
+            feed(params, gradients(params, step))
+            optimizer.step()
+        assert same_bits(number, tensor)
+
+
+def test_amsgrad_may_be_switched_on():
+    """Its largest moment starts with what comes from then on."""
+    params = parameters()
+    optimizer = MixedPrecisionOptimizer(FUSED["adam"](params))
+    oracle = Oracle(params, "adam")
+    for step in range(6):
+        optimizer.param_groups[0]["amsgrad"] = step >= 3
+        grads = gradients(params, step, size=1.0 / (1 + step))
+        feed(params, grads)
+        optimizer.step()
+        oracle.step(grads, optimizer.param_groups[0])
+        assert oracle.distance(list(optimizer.master_params()), 0) <= 1.0
+
+
+# Freezing.
+
+
+@every_optimizer
+def test_a_parameter_without_gradient_does_not_advance(make):
+    """Frozen for a while or just unused: it goes on later as if the steps between had not been."""
+    params, other = parameters(), parameters()
+    optimizer, expected = MixedPrecisionOptimizer(make(params)), MixedPrecisionOptimizer(make(other))
+    for step in range(6):
+        grads = gradients(params, step)
+        feed(params, [None if i % 2 and step in (1, 2, 4) else grad for i, grad in enumerate(grads)])
+        before = snapshot(optimizer)
+        optimizer.step()
+        if step in (1, 2, 4):
+            after = snapshot(optimizer)
+            assert all(after[0][i] == before[0][i] for i in range(1, 9, 2))
+            assert all(after[2].get(i) == before[2].get(i) for i in range(1, 9, 2))
+    for step in (0, 3, 5):
+        grads = gradients(other, step)
+        feed(other, [grad if i % 2 else None for i, grad in enumerate(grads)])
+        expected.step()
+    assert same_bits(params[1::2], other[1::2])
+    masters, others = list(optimizer.master_params()), list(expected.master_params())
+    assert same_bits(masters[1::2], others[1::2])
+
+
+@every_optimizer
+def test_a_layer_frozen_from_the_start_has_no_master_until_it_is_trained(make):
+    model = network()
+    for param in model[0].parameters():
+        param.requires_grad = False
+    scaler = mpengine.GradScaler(init_scale=256.0)
+    optimizer = mpengine.prepare(model, make(model.parameters()), scaler)
+    assert model[0].weight.dtype == HALF
+    assert len(list(optimizer.master_params())) == 4
+    before = [p.detach().clone() for p in model[0].parameters()]
+    train(model, optimizer, scaler, range(2))
+    assert same_bits(list(model[0].parameters()), before)
+    for param in model[0].parameters():
+        param.requires_grad = True
+    train(model, optimizer, scaler, range(2, 4))
+    assert len(list(optimizer.master_params())) == 6
+    assert optimizer.steps_taken == 4
+    for param, old in zip(model[0].parameters(), before, strict=True):
+        assert not same_bits(param, old)
+    for param, master in zip(model.parameters(), optimizer.master_params(), strict=True):
+        assert same_bits(param, master.to(param.dtype))
+    if make is FUSED["adam"]:
+        assert [int(optimizer.state[p]["step"]) for p in model.parameters()] == [2, 2, 4, 4, 4, 4]
+
+
+@one_of_each_path
+def test_all_parameters_frozen(make):
+    params = [p.requires_grad_(False) for p in parameters()]
+    optimizer = MixedPrecisionOptimizer(make(params))
+    assert list(optimizer.master_params()) == []
+    optimizer.step()
+    assert optimizer.steps_taken == 0
+    assert optimizer.state_dict()["state"] == {}
+    feed(params, gradients(params, 0))  # as torch does: what has a gradient is stepped
+    optimizer.step()
+    assert optimizer.steps_taken == 1
+    assert len(list(optimizer.master_params())) == len(params)
+
+
+# State.
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_state_from_before_wrapping_is_kept(name):
+    make, params = FUSED[name], parameters((SINGLE,))
+    oracle, inner = Oracle(params, "adam" if "adam" in name else "sgd"), FUSED[name](params)
+    model = nn.ParameterList(params)
+    for step in range(3):
+        grads = gradients(params, step)
+        feed(params, grads)
+        inner.step()
+        oracle.step(grads, inner.param_groups[0])
+    optimizer = mpengine.prepare(model, inner)
+    for step in range(3, 6):
+        grads = gradients(params, step)
+        assert {grad.dtype for grad in grads} == {HALF}
+        feed(params, grads)
+        optimizer.step()
+        oracle.step(grads, inner.param_groups[0])
+    assert oracle.distance(list(optimizer.master_params()), 1) <= 1.0
+    if "adam" in name:
+        assert [int(optimizer.state[p]["step"]) for p in params] == [6, 6, 6]
+    assert make is FUSED[name]
+
+
+def test_the_first_momentum_buffer_of_a_wrapped_sgd_is_known_to_be_filled():
+    pair = Pair()
+    params = dyadic_params((SINGLE, SINGLE))
+    inner = dyadic_sgd(params)
+    for step in range(2):
+        feed(params, dyadic_grads(params, step))
+        inner.step()
+    pair.run(range(2))
+    wrapped = MixedPrecisionOptimizer(inner)
+    for step in range(2, 5):
+        feed(params, dyadic_grads(params, step))
+        wrapped.step()
+    pair.run(range(2, 5))
+    assert same_bits(params, pair.twins)
+
+
+@pytest.mark.parametrize("low", [HALF, BRAIN])
+def test_low_precision_state_is_widened(low):
+    params = parameters((low,))
+    inner = FUSED["adam"](params)
+    feed(params, gradients(params, 0))
+    inner.step()
+    moments = {p: inner.state[p]["exp_avg"].clone() for p in params}
+    optimizer = MixedPrecisionOptimizer(inner)
+    for param, moment in moments.items():
+        assert same_bits(optimizer.state[param]["exp_avg"], moment.float())
+        assert int(optimizer.state[param]["step"]) == 1
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("how", ["clear", "replace", "one parameter"])
+def test_clearing_the_state_starts_afresh(name, how):
+    params, other = parameters(), parameters()
+    optimizer = MixedPrecisionOptimizer(FUSED[name](params))
+    for step in range(3):
+        feed(params, gradients(params, step))
+        optimizer.step()
+    if how == "clear":
+        optimizer.state.clear()
+    elif how == "replace":
+        optimizer.state = type(optimizer.state)(dict)
+    else:
+        for param in params:
+            optimizer.state[param] = {}
+    with torch.no_grad():
+        for param, value in zip(other, params, strict=True):
+            param.copy_(value)
+    fresh = MixedPrecisionOptimizer(FUSED[name](other))
+    for master, value in zip(fresh.master_params(), optimizer.master_params(), strict=True):
+        master.data.copy_(value.data)
+    for step in range(3, 6):
+        for own, one in ((params, optimizer), (other, fresh)):
+            feed(own, gradients(own, step))
+            one.step()
+    assert snapshot(optimizer) == snapshot(fresh)
+
+
+@pytest.mark.parametrize("name", ["momentum", "adam", "adamw"])
+def test_state_edited_in_place_and_state_replaced_are_the_same(name):
+    """Optimizer surgery: halving the moments by either way takes effect at the next step."""
+    runs = []
+    for replace in (False, True):
+        params = parameters()
+        optimizer = MixedPrecisionOptimizer(FUSED[name](params))
+        for step in range(4):
+            feed(params, gradients(params, step))
+            optimizer.step()
+            if step == 1:
+                for param in params:
+                    for key, value in list(optimizer.state[param].items()):
+                        if key == "step" and replace:
+                            optimizer.state[param][key] = torch.tensor(7.0)
+                        elif key == "step":
+                            value.fill_(7)
+                        elif replace:
+                            optimizer.state[param][key] = value * 0.5
+                        else:
+                            value.mul_(0.5)
+        runs.append(snapshot(optimizer))
+    assert runs[0] == runs[1]
+
+
+def test_a_state_of_another_shape_is_refused():
+    params = parameters()
+    optimizer = MixedPrecisionOptimizer(FUSED["adam"](params))
+    optimizer.state[params[1]]["exp_avg"] = torch.zeros(2)
+    feed(params, gradients(params, 0))
+    with pytest.raises(ValueError, match=r"state\['exp_avg'\] of group 0, parameter 1 of shape \(3, 5\) is of shape"):
+        optimizer.step()
+    assert optimizer.steps_taken == 0
+
+
+# Weights changed from outside.
+
+
+def edited(param, how, value):
+    with torch.no_grad():
+        if how == "copy_":
+            param.copy_(value)
+        elif how == "data = ":
+            param.data = value.to(param.dtype)
+        elif how == "detach().copy_":
+            param.detach().copy_(value)
+        else:
+            param[...] = value
+
+
+@every_optimizer
+@pytest.mark.parametrize("how", ["copy_", "data = ", "detach().copy_", "index"])
+def test_new_weights_are_taken_over(make, how):
+    """As if the optimizer had been made for them, but for its state."""
+    params, other = parameters((HALF, BRAIN, SINGLE)), parameters((HALF, BRAIN, SINGLE))
+    optimizer, expected = MixedPrecisionOptimizer(make(params)), MixedPrecisionOptimizer(make(other))
+    for own, one in ((params, optimizer), (other, expected)):
+        for step in range(2):
+            feed(own, gradients(own, step))
+            one.step()
+    new = [torch.randn(p.shape, generator=torch.Generator().manual_seed(3)).to(p.dtype) for p in params]
+    for param, twin, value, master in zip(params, other, new, expected.master_params(), strict=True):
+        edited(param, how, value)
+        edited(twin, "copy_", value)
+        if master is not twin:
+            master.data.copy_(value)
+    for own, one in ((params, optimizer), (other, expected)):
+        feed(own, gradients(own, 5))
+        one.step()
+    assert snapshot(optimizer) == snapshot(expected)
+
+
+def test_masters_keep_what_rounding_hid_where_nothing_changed():
+    param = nn.Parameter(torch.ones(4, dtype=HALF))
+    optimizer = MixedPrecisionOptimizer(torch.optim.SGD([param], lr=0.25))
+    param.grad = torch.tensor([1.0, 3.0, 5.0, 7.0]).half() * 2.0**-10
+    optimizer.step()
+    (master,) = optimizer.master_params()
+    kept = master.detach().clone()
+    assert (kept.half() != kept).all()
+    with torch.no_grad():
+        param[2] = 2.0
+    param.grad = torch.zeros(4, dtype=HALF)
+    optimizer.step()
+    assert same_bits(master, torch.tensor([kept[0], kept[1], 2.0, kept[3]]))
+
+
+def test_load_state_dict_of_the_model_is_noticed():
+    model, optimizer, scaler = prepared()
+    start = copy.deepcopy(model.state_dict())
+    train(model, optimizer, scaler, range(3))
+    model.load_state_dict(start)
+    expected = {name: value.float() for name, value in start.items()}
+    optimizer.param_groups[0]["lr"] = 0.0  # so that the step changes nothing but what it takes over
+    train(model, optimizer, scaler, [3])
+    for (name, _), master in zip(model.named_parameters(), optimizer.master_params(), strict=True):
+        assert same_bits(master, expected[name])
+
+
+def test_nan_weights_are_taken_over_too():
+    params = parameters([HALF])
+    optimizer = MixedPrecisionOptimizer(FUSED["sgd"](params))
+    with torch.no_grad():
+        params[0][1] = math.nan
+    feed(params, gradients(params, 0))
+    optimizer.step()
+    for value in (next(iter(optimizer.master_params())), params[0]):
+        assert value.isnan().tolist() == [i == 1 for i in range(7)]
+
+
+# Adafactor's means over rows and columns depend on the layout, in torch too.
+@pytest.mark.parametrize("make", [make for name, make in EVERY.items() if name != "Adafactor"])
+@pytest.mark.parametrize("dtype", [HALF, SINGLE])
+def test_a_model_that_goes_to_channels_last_after_wrapping(make, dtype):
+    """Masters and state follow into the new layout, before the first step and between steps."""
+    runs = []
+    for change_at in (None, 0, 2):
+        torch.manual_seed(0)
+        model = nn.Conv2d(3, 4, 2).to(dtype)
+        optimizer = MixedPrecisionOptimizer(make(model.parameters()))
+        for step in range(4):
+            if step == change_at:
+                model.to(memory_format=torch.channels_last)
+                assert model.weight.stride() != (12, 4, 2, 1)
+            feed(model.parameters(), gradients(model.parameters(), step))
+            optimizer.step()
+        runs.append(snapshot(optimizer))
+    assert runs[0] == runs[1] == runs[2]
+
+
+def test_a_transposed_parameter_is_no_surprise():
+    """The same memory, other strides."""
+    runs = []
+    for transpose in (False, True):
+        param = nn.Parameter(torch.arange(9.0).reshape(3, 3).half())
+        optimizer = MixedPrecisionOptimizer(FUSED["adam"]([param]))
+        param.grad = torch.arange(9.0).reshape(3, 3).half()
+        optimizer.step()
+        if transpose:
+            param.grad = None
+            param.data = param.data.t()
+        else:
+            param.grad = None
+            param.data = param.data.t().contiguous()
+        param.grad = torch.arange(9.0).reshape(3, 3).half()
+        optimizer.step()
+        runs.append(snapshot(optimizer))
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p.float(), r"became torch\.float32 after it was wrapped. Cast the model before"),
+        (lambda p: p.double(), r"became torch\.float64"),
+        (lambda p: p.new_zeros(2, 2), r"changed its shape from \(7,\) to \(2, 2\)"),
+    ],
+    ids=["float32", "float64", "shape"],
+)
+def test_a_parameter_that_was_changed_beyond_recognition_is_refused(change, message):
+    params = parameters([HALF])
+    optimizer = MixedPrecisionOptimizer(FUSED["adam"](params))
+    feed(params, gradients(params, 0))
+    optimizer.step()
+    masters, state = snapshot(optimizer)[1:3]
+    params[0].grad = None
+    params[0].data = change(params[0].data)
+    feed(params[1:], gradients(params, 1)[1:])
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+    assert snapshot(optimizer)[1:3] == [masters, state]
+
+
+def test_a_model_may_go_from_fp16_to_bf16():
+    params = parameters([HALF])
+    optimizer = MixedPrecisionOptimizer(FUSED["adam"](params))
+    for param in params:
+        param.data = param.data.bfloat16()
+    feed(params, gradients(params, 0))
+    values = [p.detach().float() for p in params]
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    for param, master, value in zip(params, optimizer.master_params(), values, strict=True):
+        assert same_bits(param, master.bfloat16())
+        assert same_bits(master.bfloat16(), value.bfloat16())
+
+
+def test_an_fp32_parameter_that_was_cast_is_refused():
+    params = parameters([SINGLE])
+    optimizer = MixedPrecisionOptimizer(FUSED["adam"](params))
+    params[0].data = params[0].data.half()
+    feed(params, gradients(params, 0))
+    with pytest.raises(RuntimeError, match=r"parameter 0 of shape \(7,\) became torch\.float16"):
+        optimizer.step()
