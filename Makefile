@@ -7,7 +7,7 @@
 # The first of them makes .venv. PYTHON chooses the interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3
-DEMO_ITERATIONS ?= 1000
+DEMO_ITERATIONS ?= 800
 
 # Idle threads sleep: by default they spin, and two programs that share the cores then run many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -19,7 +19,7 @@ SOURCES := constraints.txt pyproject.toml setup.py
 
 # A small DCGAN, so that fp16 on a CPU takes a minute or two. A scale may double after 200 iterations without an
 # overflow, not torch's 2000, so that the plot of so short a run shows it grow as well as back off.
-DEMO := --compare --dataset digits --imageSize 16 --nz 4 --ngf 24 --ndf 16 --lr 5e-4 \
+DEMO := --compare --dataset digits --imageSize 16 --nz 4 --ngf 24 --ndf 12 --lr 5e-4 \
 	--growth-interval 200 --sample-every 200 --outf out
 
 .PHONY: demo test fuzz lint clean

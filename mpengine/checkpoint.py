@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mpengine import general
+from mpengine import general, holdings
 from mpengine.gradients import parameters
 from mpengine.scaling import ScalePolicy, ScaleState
 
@@ -25,6 +25,7 @@ def pack(optimizer: MixedPrecisionOptimizer) -> dict[str, Any]:
     Tensors are references, as in torch; step counts are float32 on the CPU, as torch keeps them. A momentum buffer
     that no step has filled yet is None.
     """
+    holdings.adopt_outside_changes(optimizer, loaded=False)
     state: dict[int, dict[str, Any]] = {}
     groups: list[dict[str, Any]] = []
     index = 0

@@ -217,6 +217,11 @@ class GradScaler(torch.amp.GradScaler):
                 f"loss {loss_id} (shape {tuple(loss.shape)}) requires no grad, so there is nothing to scale it for: "
                 "it was computed under no_grad, detached, or from frozen parameters alone."
             )
+        if self.num_losses > 1 and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                f"loss {loss_id} was scaled inside a backward pass (in a hook or a backward()); with several losses "
+                "its gradients could not be told from those of the outer loss. Scale and run it after that pass."
+            )
         if self._device_state is None:
             self._lazy_init_scale_growth_tracker(loss.device)
         label = self._initialized("scale").labels[loss_id]

@@ -210,23 +210,26 @@ class Ledger:
     def _record_all(self, optimizer: torch.optim.Optimizer, default: Label | None, spent: bool) -> None:
         """Gives every gradient a record, where `default` says what those without one are."""
         for param in parameters(optimizer) if default is not None else ():
-            if param.grad is None:
+            grad = param.grad
+            if grad is None:
                 continue
-            record = self._record(param)
-            known = record.grad() is param.grad
-            label = self._label_of(param, default) if known else default
-            if label is not None and not (known and record.aside):
-                record.aside.clear()
-                record.note(param.grad, label, spent)
+            record, label = self._records.get(id(param)), default
+            if record is None or record.grad() is not grad:
+                record = self._records[id(param)] = _Record(param)
+            elif record.aside:
+                continue
+            else:
+                label = self._label_of(param, default)
+            if label is not None:
+                record.note(grad, label, spent)
 
     def zeroed(self, params: Iterable[Tensor]) -> None:
         """The optimizer zeroed these gradients: what was set aside goes too; a `.grad` of zeros fits any scale."""
         for param in params:
-            record = self._forget_aside(param)
             if param.grad is None:
-                del self._records[id(param)]
+                self._records.pop(id(param), None)
             else:
-                record.note(param.grad, _ZEROS, spent=True)
+                self._forget_aside(param).note(param.grad, _ZEROS, spent=True)
 
     def _forget_aside(self, param: Tensor) -> _Record:
         record = self._record(param)

@@ -130,7 +130,7 @@ def is_current(optimizer: MixedPrecisionOptimizer, execution: Execution) -> bool
                 ):
                     return False
             position += 1
-    return True
+    return all(i < position for i in execution.entries)
 
 
 def _rule(optimizer: MixedPrecisionOptimizer, group: Mapping[str, Any]) -> Rule:
@@ -148,14 +148,25 @@ def mark(optimizer: MixedPrecisionOptimizer, params: Iterable[Tensor]) -> None:
     optimizer._agreed.update({p: (p._version, *memory_of(p)) for p in params})
 
 
+def _is_foreign(param: Tensor, master: Tensor) -> bool:
+    low = param.dtype in (torch.float16, torch.bfloat16)
+    return param.shape != master.shape or param.device != master.device or not low
+
+
 @torch.no_grad()
-def adopt_outside_changes(optimizer: MixedPrecisionOptimizer) -> None:
+def adopt_outside_changes(optimizer: MixedPrecisionOptimizer, loaded: bool = True) -> None:
     """Where somebody else wrote a parameter, its master follows, element by element.
 
     The master stays where it still rounds to the parameter, so loading the model's weights of a checkpoint leaves
     the masters of that checkpoint alone, whichever of the two was loaded first.
+
+    Args:
+        optimizer: Whose masters.
+        loaded: Whether masters that were loaded settle now too: the model's weights may be yet to come.
     """
     for param, master in optimizer._masters.items():
+        if not loaded and (param not in optimizer._agreed or _is_foreign(param, master)):
+            continue  # and what was changed beyond recognition is for the step to refuse
         if optimizer._agreed.get(param) != (param._version, *memory_of(param)):
             master.copy_(torch.where(master.to(param.dtype) == param, master, param.to(torch.float32)))
             mark(optimizer, [param])

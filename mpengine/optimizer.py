@@ -74,6 +74,7 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
         self._counts = [0, 0]
         super().__init__([dict(group) for group in optimizer.param_groups], dict(optimizer.defaults))
         self.param_groups = optimizer.param_groups
+        optimizer.register_step_pre_hook(validation.refuse_raw_step)
         self._share_hooks()
         self.state.update({key: general.widened(state) for key, state in optimizer.state.items()})
         self._register(originals=_originals or {})
@@ -115,6 +116,7 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
         After `scaler.unscale_(self)` their `.grad` holds the unscaled FP32 gradient. A parameter that has been frozen
         since it was wrapped has no master and does not appear.
         """
+        holdings.adopt_outside_changes(self, loaded=False)
         for param in parameters(self):
             if param in self._steps:
                 yield self._masters.get(param, param)
@@ -234,19 +236,26 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
         for param, labelled in zip(parameters(self), pending, strict=True):
             master = self._masters.get(param)
             for i, (label, grad) in enumerate(labelled):
-                if master is not None and master.grad is not None and grad is self._unscaled.get(param):
-                    labelled[i] = (label, master.grad)  # the user may have replaced it there
-                validation.check_grad(param, labelled[i][1], self._name_of)
+                if master is not None and grad is self._unscaled.get(param):  # the user may have edited it there
+                    labelled[i : i + 1] = [] if master.grad is None else [(label, master.grad)]
+            for _, grad in labelled:
+                validation.check_grad(param, grad, self._name_of)
         return pending
 
     def _step_inner(self, execution: Execution, pending: list[list[Labelled]]) -> None:
         """The wrapped optimizer steps on the masters with unscaled, clipped FP32 gradients."""
         active = [i for i, labelled in enumerate(pending) if labelled]
         grads = {execution.entries[i].param: grad for i, grad in execution.unscaled(active, clipped=True).items()}
-        general.step(self._inner, self.state, {p: self._masters.get(p, p) for p in self._steps}, grads)
-        with torch.no_grad():
-            for param, master in self._masters.items():
-                param.copy_(master)
+        counts = execution.get_counts()
+        try:
+            general.step(self._inner, self.state, {p: self._masters.get(p, p) for p in self._steps}, grads)
+        except BaseException:
+            execution.set_counts([counts[0] - 1, counts[1]])  # not a step, whatever it did to the masters
+            raise
+        finally:
+            with torch.no_grad():
+                for param, master in self._masters.items():
+                    param.copy_(master)
 
     def _finish(self, execution: Execution, pending: list[list[Labelled]]) -> None:
         written = [execution.entries[i].param for i, labelled in enumerate(pending) if labelled]
@@ -364,6 +373,7 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._inner.param_groups = self.param_groups
+        self._inner.register_step_pre_hook(validation.refuse_raw_step)
         self._family = family_of(self._inner)
         self._execution = None
         self._unscaled = {}

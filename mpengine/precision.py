@@ -45,8 +45,8 @@ def prepare(
     """Casts a model's weights to fp16 in place, and wraps its optimizer: its FP32 masters are the weights as they were.
 
     Parameter objects keep their identity. Normalisation layers stay FP32, buffers included, and take and return the
-    activations' dtype. Weights that are trained by no optimizer are cast too; weights that another optimizer will
-    train stay FP32 until that one is prepared.
+    activations' dtype. Other buffers are cast where that changes no value. Weights that are trained by no optimizer
+    are cast too; weights that another optimizer will train stay FP32 until that one is prepared.
 
     Args:
         model: On its final device.
@@ -61,7 +61,7 @@ def prepare(
         The wrapper; use it in the optimizer's place.
 
     Raises:
-        TypeError: `optimizer` cannot be wrapped.
+        TypeError: `optimizer` cannot be wrapped, or `model` is no module.
         ValueError: The optimizer has no parameters, holds one that the model does not own or that is wrapped
             already; `dtype` is another; a weight does not fit into it. Nothing is changed then.
 
@@ -69,6 +69,8 @@ def prepare(
         >>> scaler = mpengine.GradScaler()
         >>> optimizer = mpengine.prepare(model, torch.optim.AdamW(model.parameters(), lr=3e-4), scaler)
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; give the torch.nn.Module whose weights are to be cast.")
     if dtype not in _LOW:
         raise ValueError(f"dtype is {dtype}; it must be torch.float16 or torch.bfloat16.")
     names: dict[Tensor, str] = {param: name for name, param in model.named_parameters(remove_duplicate=False)}
@@ -86,7 +88,7 @@ def prepare(
     for param in params:
         _check_fits(param, names[param], dtype)
     originals: dict[Tensor, Tensor] = {param: param.data for param in params}
-    buffers = [(module, name, buffer) for module, name, buffer in _cast_buffers(model, kept) if _fits(buffer, dtype)]
+    buffers = [(m, name, buffer) for m, name, buffer in _cast_buffers(model, kept) if _is_exact_in(buffer, dtype)]
     try:
         for param in params:
             param.data = param.data.to(dtype)
@@ -111,7 +113,7 @@ def _chosen(model: nn.Module, keep_fp32: KeepFp32 | None) -> set[nn.Module]:
         return set()
     if callable(keep_fp32):
         return {module for name, module in model.named_modules() if keep_fp32(name, module)}
-    kinds = list(keep_fp32)
+    kinds = [keep_fp32] if isinstance(keep_fp32, (str, type)) else list(keep_fp32)
     known = dict(model.named_modules())
     for kind in kinds:
         if isinstance(kind, str) and kind not in known:
@@ -142,8 +144,13 @@ def _cast_buffers(model: nn.Module, kept: list[nn.Module]) -> list[tuple[nn.Modu
     ]
 
 
+def _is_exact_in(buffer: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the cast changes no value: positions beyond 2048, 1e-9 or a mask of -1e9 are for FP32 alone."""
+    return bool(((buffer.to(dtype) == buffer) | buffer.isnan()).all())
+
+
 def _fits(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether no finite value becomes infinite. A buffer that does not fit (a mask of -1e9, say) stays FP32."""
+    """Whether no finite value becomes infinite."""
     return bool((torch.isfinite(tensor.detach().to(dtype)) | ~torch.isfinite(tensor)).all())
 
 

@@ -74,7 +74,8 @@ def check_unwrapped(
     if param is not None:
         raise ValueError(
             f"{_shown(param, names, f'a parameter of shape {tuple(param.shape)}')} is wrapped by another "
-            "MixedPrecisionOptimizer already, which holds its master. Use that one, or delete it first (del optimizer)."
+            "MixedPrecisionOptimizer already, which holds its master. Use that one, or delete it first (del optimizer, "
+            "and the learning-rate schedulers that hold it)."
         )
 
 
@@ -94,6 +95,15 @@ def check_unmoved(param: Tensor, master: Tensor, device: torch.device, name_of: 
         raise RuntimeError(
             f"{name_of(param)} changed its shape from {tuple(master.shape)} to {tuple(param.shape)} after it was "
             "wrapped; its master and state do not fit it. Change the model first, then call mpengine.prepare."
+        )
+
+
+def refuse_raw_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """A step pre-hook of the wrapped optimizer: called by itself, it would step scaled fp16 gradients as they are."""
+    if optimizer not in wrappers and any(p.dtype != torch.float32 for p in parameters(optimizer)):
+        raise RuntimeError(
+            f"this {type(optimizer).__name__} was wrapped, and its step would apply scaled fp16 gradients to fp16 "
+            "weights. Step what prepare returned: optimizer = mpengine.prepare(model, optimizer, scaler)."
         )
 
 

@@ -27,7 +27,8 @@ class LossScaleCollapse(RuntimeError):
         super().__init__(
             f"loss {loss_id} has overflowed {skips} times in a row; its scale is down to {scale:g} and every step is "
             f"skipped. The gradients of these parameters are not finite: {shown}{more}. Look for an inf or NaN in that "
-            "loss or in those layers (a smaller learning rate, max_grad_norm, FP32 for those layers); "
+            "loss or in those layers (a smaller learning rate, max_grad_norm, keep_fp32 for layers whose weights or "
+            "activations outgrew fp16); "
             "GradScaler(max_consecutive_skips=...) sets the limit, None turns this check off."
         )
 

@@ -139,3 +139,14 @@ def train(
         optimizer.step()
         scaler.update()
         optimizer.zero_grad()
+
+
+def static_scaler(scale: float = 8.0) -> GradScaler:
+    return started(GradScaler(init_scale=scale, min_scale=scale, max_scale=scale, max_consecutive_skips=None))
+
+
+def fed(optimizer, scaler, grads):
+    """One step on gradients assigned by hand, which count as scaled by the scale in force."""
+    feed(params_of(optimizer), grads)
+    optimizer.step()
+    scaler.update()

@@ -123,6 +123,21 @@ class Oracle:
         for name, new in state.items():
             self.state[name] = new.where(active, self.state[name])
 
+    def replace(self, which: int, value: Tensor, where: Tensor) -> None:
+        """One tensor takes the exact values of another where the mask says so."""
+        start = sum(self.sizes[:which])
+        mask = np.zeros(self.p.value.size, dtype=bool)
+        mask[start : start + self.sizes[which]] = where.reshape(-1).numpy()
+        new = self.p.value.copy()
+        new[start : start + self.sizes[which]] = _flat([value])
+        self.p = Near(new).where(mask, self.p)
+
+    def forget(self) -> None:
+        """Starts with fresh state, as after `optimizer.state.clear()`."""
+        zero = Near(np.zeros_like(self.p.value))
+        self.state = dict.fromkeys(self.state, zero)
+        self.steps = np.zeros_like(self.steps)
+
     def _sgd(self, g: Near, group: Mapping[str, Any]) -> tuple[Near, dict[str, Near]]:
         p, state = self.p, {}
         g = Near(-g.value, g.error) if group["maximize"] else g

@@ -100,8 +100,8 @@ class Race:
         self.norms: list[tuple[float, float, float]] = []
         self.path = 0.0  # what the weight that moved most has moved, step by step
 
-    def run(self, steps: int = STEPS) -> Race:
-        for step in range(steps):
+    def run(self, steps: range = range(STEPS)) -> Race:
+        for step in steps:
             self._set_lr(0.02 * (1.0 + math.cos(step / 15.0)) + 1e-4)
             grads = gradients_of(self.params, step)
             for param, twin, grad in zip(self.params, self.twins, grads, strict=True):
@@ -182,6 +182,33 @@ def test_betas_may_be_tensors():
         optimizer.step()
         oracle.step(grads, optimizer.param_groups[0])
         assert oracle.distance(list(optimizer.master_params()), 0) <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "key"),
+    [
+        (torch.optim.SGD, {"momentum": 0.9}, "momentum"),
+        (torch.optim.Adam, {}, "betas"),
+        (torch.optim.AdamW, {"amsgrad": True}, "betas"),
+        (torch.optim.Adam, {"weight_decay": 0.002}, "weight_decay"),
+        (torch.optim.SGD, {"momentum": 0.9}, "nesterov"),
+        (torch.optim.AdamW, {}, "eps"),
+    ],
+)
+def test_any_hyperparameter_may_change_every_step(cls, options, key):
+    """As OneCycleLR cycles momentum and betas; the bias correction is that of today's betas, as in torch."""
+    values = {
+        "momentum": lambda x: 0.95 - 0.1 * x,
+        "betas": lambda x: (0.95 - 0.5 * x, 0.999),
+        "weight_decay": lambda x: 0.01 * x,
+        "nesterov": lambda x: x > 0.5,
+        "eps": lambda x: 10.0 ** (-8 + 4 * x),
+    }
+    race = Race(cls, options)
+    for step in range(60):
+        for group in (*race.ours.param_groups, *race.theirs.param_groups):
+            group[key] = values[key]((1 + math.sin(step)) / 2)
+        race.run(range(step, step + 1))
 
 
 def test_groups_keep_their_own_options():
@@ -348,12 +375,12 @@ def test_a_sabotaged_update_is_noticed(sabotage, case, monkeypatch):
     race = Race(cls, options, max_grad_norm=1.0)
     sabotage(monkeypatch)
     with pytest.raises(AssertionError, match=r"beyond its bound|not its master"):
-        race.run(20)
+        race.run(range(20))
 
 
 def test_without_sabotage_the_same_race_is_clean():
     for cls, options in (SGD, NESTEROV, ADAM, ADAMW):
-        Race(cls, options, max_grad_norm=1.0).run(20)
+        Race(cls, options, max_grad_norm=1.0).run(range(20))
 
 
 def test_a_gradient_of_zeros_and_tiny_gradients():

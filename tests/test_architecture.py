@@ -1,105 +1,215 @@
-"""Imports run one way, `kernels` is a leaf, CPU use needs no Triton, and public names are typed and documented."""
+"""The house: imports run one way, the kernels are a leaf, Triton is not needed, public names are documented."""
+
+from __future__ import annotations
 
 import ast
 import inspect
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
 
 import mpengine
+from mpengine import rules
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "mpengine"
 
-# Who may import whom: a module may use those in the levels before its own.
-LEVELS = [
-    {"scaling", "rules"},
-    {"masters"},
-    {"reference", "gradients"},
-    {"backend", "watchdog"},
-    {"plain", "loss_scales", "general", "validation"},
-    {"execution", "checkpoint"},
-    {"grad_scaler", "holdings"},
-    {"optimizer"},
-    {"precision"},
+# Each module imports only modules that stand before it.
+ORDER = [
+    "kernels.layout",
+    "scaling",
+    "rules",
+    "masters",
+    "reference",
+    "backend",
+    "gradients",
+    "loss_scales",
+    "plain",
+    "watchdog",
+    "execution",
+    "validation",
+    "general",
+    "holdings",
+    "checkpoint",
+    "grad_scaler",
+    "optimizer",
+    "precision",
+    "amp",
 ]
 
 
-def runtime_imports(path):
-    """Modules of mpengine that a file imports, but for those that only type checkers see."""
-    tree = ast.parse(path.read_text())
-    typing_only = {
-        id(child)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        for child in ast.walk(node)
-    }
-    found = set()
-    for node in ast.walk(tree):
-        if id(node) in typing_only:
-            continue
-        if isinstance(node, ast.ImportFrom) and node.module == "mpengine":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mpengine."):
-            found.add(node.module.split(".")[1])
-        elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("mpengine.")}
-    return found
-
-
 def modules():
-    return sorted(path for path in (ROOT / "mpengine").glob("*.py") if path.stem != "__init__")
+    return {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: path.stem)
-def test_imports_run_one_way(path):
-    level = next((i for i, names in enumerate(LEVELS) if path.stem in names), None)
-    assert level is not None, f"{path.stem} has no level: add it to LEVELS"
-    allowed = {"kernels"}.union(*LEVELS[:level])
-    assert runtime_imports(path) <= allowed
+def kernel_files():
+    return sorted((ROOT / "kernels").glob("*.py"))
 
 
-def test_an_import_against_the_order_is_seen(tmp_path):
-    file = tmp_path / "scaling.py"
-    file.write_text("from mpengine.optimizer import MixedPrecisionOptimizer\n")
-    assert not runtime_imports(file) <= {"kernels"}
-
-
-def test_nobody_imports_the_bare_package_kernels():
-    for path in ROOT.glob("**/*.py"):
-        if ".venv" in path.parts:
+def _runtime(tree):
+    """The nodes that run: not what stands under `if TYPE_CHECKING`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                assert all(alias.name.split(".")[0] != "kernels" for alias in node.names), path
-            elif isinstance(node, ast.ImportFrom) and node.level == 0:
-                assert (node.module or "").split(".")[0] != "kernels", path
+        yield node
+        yield from _runtime(node)
 
 
-def test_a_cpu_needs_no_triton():
-    program = (
-        "import sys; sys.modules['triton'] = None\n"  # makes every import of it fail
-        "import torch, mpengine\n"
-        "model = torch.nn.Linear(4, 4)\n"
-        "scaler = mpengine.GradScaler('cpu')\n"
-        "optimizer = mpengine.prepare(model, torch.optim.AdamW(model.parameters()), scaler)\n"
-        "scaler.scale(model(torch.randn(2, 4).half()).float().mean()).backward()\n"
-        "optimizer.step(); scaler.update(); assert optimizer.steps_taken == 1\n"
-        "assert 'mpengine.kernels.launch' not in sys.modules\n"
+def imported(path):
+    """The names of what a file imports when it runs: "mpengine.masters", ".layout", "torch"."""
+    names = set()
+    for node in _runtime(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            names |= {base} if base not in ("mpengine", ".") else {f"{base.rstrip('.')}.{a.name}" for a in node.names}
+            if base == "mpengine.kernels":
+                names |= {f"{base}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_every_module_has_its_place_in_the_order():
+    assert set(modules()) <= set(ORDER)
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_imports_run_one_way(name):
+    before = ORDER[: ORDER.index(name)]
+    own = {i.removeprefix("mpengine.") for i in imported(modules()[name]) if i.startswith("mpengine.")} - {"kernels"}
+    assert own <= set(before), f"{name} imports {sorted(own - set(before))}, which must not stand below it"
+
+
+@pytest.mark.parametrize("path", kernel_files(), ids=lambda path: path.stem)
+def test_the_kernels_are_a_leaf(path):
+    """They import nothing of mpengine but each other."""
+    for name in imported(path):
+        assert name.split(".")[0] != "mpengine", f"{path.name} imports {name}"
+        assert not name.startswith(".."), f"{path.name} imports {name}"
+
+
+def test_nobody_imports_plain_kernels():
+    """It would load every module a second time, and the name belongs to another package."""
+    files = [
+        p
+        for folder in ("mpengine", "kernels", "tests", "examples", "benchmarks")
+        for p in (ROOT / folder).rglob("*.py")
+    ]
+    assert len(files) > 20
+    for path in files:
+        assert not [i for i in imported(path) if i.split(".")[0] == "kernels"], path
+
+
+def test_the_packages_kernels_are_the_folder_kernels():
+    from mpengine.kernels import layout
+
+    assert Path(layout.__file__).resolve() == ROOT / "kernels" / "layout.py"
+
+
+BLOCKED = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ImportError("triton is not installed")
+
+sys.meta_path.insert(0, Blocker())
+import torch
+import mpengine
+
+model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 1))
+scaler = mpengine.GradScaler(init_scale=1024.0)
+optimizer = mpengine.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2), scaler, max_grad_norm=1.0)
+for _ in range(3):
+    scaler.scale(model(torch.ones(2, 3).half()).float().square().mean()).backward()
+    optimizer.step()
+    scaler.update()
+    optimizer.zero_grad()
+assert optimizer.steps_taken == 3, optimizer.steps_taken
+assert not any(name.split(".")[0] == "triton" for name in sys.modules)
+assert not any(name.startswith("mpengine.kernels.") and "layout" not in name for name in sys.modules)
+try:
+    mpengine.backend.of(torch.device("cuda"))
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_it_works_without_triton():
+    run = subprocess.run([sys.executable, "-W", "error", "-c", BLOCKED], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == (
+        "the CUDA path needs Triton, which could not be imported (triton is not installed): pip install triton"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("name", mpengine.__all__)
-def test_public_names_are_documented_and_typed(name):
-    thing = getattr(mpengine, name)
-    assert thing.__doc__
-    if inspect.ismodule(thing):
-        return
-    functions = [thing] if inspect.isfunction(thing) else [f for f in vars(thing).values() if inspect.isfunction(f)]
-    for function in functions:
-        if function.__name__.startswith("_") or function.__module__.split(".")[0] != "mpengine":
+def test_importing_it_is_silent_and_starts_nothing():
+    code = "import mpengine, torch; assert not torch.cuda.is_initialized(); print(len(mpengine.__all__))"
+    run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert int(run.stdout) == len(mpengine.__all__)
+
+
+# Public names.
+
+
+def public(thing, prefix):
+    """Public classes, functions and methods that a module or class defines."""
+    home = thing.__name__ if inspect.ismodule(thing) else thing.__module__
+    for name, value in vars(thing).items():
+        if name.startswith("_"):
             continue
-        assert function.__doc__, function
-        assert "return" in function.__annotations__, function
+        value = value.__func__ if isinstance(value, (classmethod, staticmethod)) else value
+        value = value.fget if isinstance(value, property) else value
+        if inspect.isclass(value) and value.__module__ == home:
+            yield f"{prefix}.{name}", value
+            yield from public(value, f"{prefix}.{name}")
+        elif inspect.isfunction(value) and value.__module__ == home:
+            yield f"{prefix}.{name}", value
+
+
+def every_public():
+    import importlib
+
+    for name in sorted(modules()):
+        module = importlib.import_module(f"mpengine.{name}")
+        assert module.__doc__, f"mpengine.{name} says nothing about itself"
+        yield from public(module, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "thing"), list(every_public()), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_public_names_have_docstrings_and_types(name, thing):
+    assert inspect.getdoc(thing), f"{name} has no docstring"
+    if inspect.isfunction(thing):
+        signature = inspect.signature(thing)
+        own = [p for p in signature.parameters.values() if p.name not in ("self", "cls")]
+        assert all(p.annotation is not p.empty for p in own), f"{name} has an argument without a type"
+        assert signature.return_annotation is not signature.empty, f"{name} has no return type"
+
+
+def test_the_public_face():
+    assert set(mpengine.__all__) <= set(dir(mpengine))
+    for name in ("GradScaler", "MixedPrecisionOptimizer", "prepare", "LossScaleCollapse", "rules", "reference"):
+        assert name in mpengine.__all__
+        assert getattr(mpengine, name).__doc__
+    hints = typing.get_type_hints(mpengine.prepare)
+    assert hints["return"] is mpengine.MixedPrecisionOptimizer
+
+
+def test_every_rule_stands_in_the_reference_and_in_the_kernels():
+    from mpengine import reference
+
+    declared = {v.name: v for v in vars(rules).values() if isinstance(v, rules.Rule)}
+    assert set(declared) == set(reference.RULES)
+    tree = ast.parse((ROOT / "kernels" / "rules.py").read_text())
+    tables = {
+        n.targets[0].id: n.value for n in tree.body if isinstance(n, ast.Assign) and isinstance(n.value, ast.Dict)
+    }
+    for table, names in (("RULES", reference.RULES), ("SCALAR_FUNCTIONS", reference.SCALAR_FUNCTIONS)):
+        assert [key.value for key in tables[table].keys] == list(names)

@@ -208,6 +208,45 @@ def test_all_parameters_frozen(make):
     assert len(list(optimizer.master_params())) == len(params)
 
 
+# Groups.
+
+
+@one_of_each_path
+def test_a_group_or_parameter_that_is_taken_out_is_left_alone(make):
+    """And the rest goes on as if it had always been alone."""
+    params, other = parameters(), parameters()
+    optimizer = MixedPrecisionOptimizer(make([{"params": params[:4]}, {"params": params[4:]}]))
+    expected = MixedPrecisionOptimizer(make([{"params": other[1:4]}]))
+    for step in range(4):
+        if step == 2:
+            optimizer.param_groups.pop()
+            del optimizer.param_groups[0]["params"][0]
+            kept = [p.detach().clone() for p in (params[0], *params[4:])]
+        for own in (params, other):
+            feed(own, gradients(own, step))
+        optimizer.step()
+        expected.step()
+    assert same_bits([params[0], *params[4:]], kept)
+    assert snapshot(optimizer) == snapshot(expected)
+    assert optimizer.steps_taken == 4
+
+
+@one_of_each_path
+def test_a_parameter_may_take_anothers_place(make):
+    params = parameters([HALF])
+    optimizer = MixedPrecisionOptimizer(make(params))
+    feed(params, gradients(params, 0))
+    optimizer.step()
+    new = nn.Parameter(torch.full((2, 2), 3.0, dtype=HALF))
+    old = params[1].detach().clone()
+    optimizer.param_groups[0]["params"][1] = new
+    feed([params[0], new, params[2]], gradients([params[0], new, params[2]], 1))
+    optimizer.step()
+    assert same_bits(params[1], old)
+    assert not same_bits(new, torch.full((2, 2), 3.0, dtype=HALF))
+    assert [m.shape for m in optimizer.master_params()] == [(7,), (2, 2), ()]
+
+
 # State.
 
 
