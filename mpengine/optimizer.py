@@ -74,11 +74,11 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
         self._counts = [0, 0]
         super().__init__([dict(group) for group in optimizer.param_groups], dict(optimizer.defaults))
         self.param_groups = optimizer.param_groups
-        optimizer.register_step_pre_hook(validation.refuse_raw_step)
         self._share_hooks()
         self.state.update({key: general.widened(state) for key, state in optimizer.state.items()})
         self._register(originals=_originals or {})
         optimizer.state = self.state  # one state, whichever of the two is asked
+        optimizer.register_step_pre_hook(validation.refuse_raw_step)
         if scaler is not None:
             self._attach(scaler)
         validation.wrappers.add(self)

@@ -489,7 +489,8 @@ def test_a_loss_scaled_inside_a_pass(num_losses):
     p, q, _ = world.params
 
     def inner(grad):
-        world.scaler.scale(q.float().sum() * 3, num_losses - 1).backward()
+        with torch.enable_grad():
+            world.scaler.scale(q.float().sum() * 3, num_losses - 1).backward()
 
     p.register_hook(inner)
     outer = world.scale(0, {0: [1.0, 1.0, 1.0]}).scaled

@@ -85,6 +85,7 @@ def test_a_state_that_cannot_be_its_parameters_is_refused_at_wrapping():
     inner.state[params[1]] = {"exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(3, 5), "step": torch.tensor(1.0)}
     with pytest.raises(ValueError, match=r"state\['exp_avg'\] of group 0, parameter 1 of shape \(3, 5\) is of shape"):
         MixedPrecisionOptimizer(inner)
+    assert not inner._optimizer_step_pre_hooks
     inner.state[params[1]]["exp_avg"] = torch.zeros(3, 5)
     assert MixedPrecisionOptimizer(inner).steps_taken == 0
 
