@@ -1,10 +1,10 @@
 """Trains a DCGAN in mixed precision: three losses, two optimizers, each loss with its own dynamic scale.
 
 Examples:
-  python examples/dcgan.py --imageSize 16 --ngf 24 --ndf 32 --batchSize 32 --lr 1e-3 --iterations 1200
+  python examples/dcgan.py --imageSize 16 --nz 4 --ngf 24 --ndf 12 --lr 5e-4 --iterations 800
   python examples/dcgan.py --dataset hub:cifar10 --imageSize 32 --device cuda
   python examples/dcgan.py --dataset folder:photos --engine torch-amp
-  python examples/dcgan.py --compare --imageSize 16 --ngf 24 --ndf 32 --batchSize 32 --lr 1e-3
+  python examples/dcgan.py --compare --imageSize 16 --nz 4 --ngf 24 --ndf 12 --lr 5e-4 --iterations 800
 
 --compare trains the same networks on the same data three times, with mpengine, torch.amp and FP32, and puts
 figures and pictures side by side.

@@ -441,8 +441,8 @@ class GradScaler(torch.amp.GradScaler):
 
     def _name_of(self, param: Tensor) -> str:
         for optimizer in self._ledger.optimizers:
-            name_of = getattr(optimizer, "_name_of", None)
-            name = name_of(param) if name_of is not None else None
+            own = getattr(optimizer, "_name_of", None)
+            name = own(param) if own is not None else plain.name_of(optimizer, param)
             if name is not None:
                 return str(name)
         return f"a parameter of shape {tuple(param.shape)}"

@@ -120,12 +120,20 @@ def step(
     return optimizer.step(*args, **kwargs)
 
 
+def name_of(optimizer: torch.optim.Optimizer, param: Tensor) -> str | None:
+    """A parameter's place in its optimizer; None where it belongs to another."""
+    for g, group in enumerate(optimizer.param_groups):
+        for i, own in enumerate(group["params"]):
+            if own is param:
+                return f"group {g}, parameter {i} of shape {tuple(param.shape)}"
+    return None
+
+
 def overflowed_parameters(optimizer: torch.optim.Optimizer) -> list[str]:
     """Names of the parameters whose gradient is not finite now."""
     return [
-        f"group {g}, parameter {i} of shape {tuple(param.shape)}"
-        for g, group in enumerate(optimizer.param_groups)
-        for i, param in enumerate(group["params"])
+        str(name_of(optimizer, param))
+        for param in parameters(optimizer)
         if param.grad is not None
         and not bool(torch.isfinite(param.grad._values() if param.grad.is_sparse else param.grad).all())
     ]

@@ -545,6 +545,19 @@ class TestNewScale:
         with pytest.raises(AssertionError, match="No inf checks"):
             scaler.update()
 
+    def test_it_drops_the_votes_of_every_optimizer(self):
+        scaler = GradScaler("cpu", init_scale=4.0)
+        params = [nn.Parameter(torch.zeros(2)) for _ in range(2)]
+        optimizers = [torch.optim.SGD([p], lr=1.0) for p in params]
+        scaler.scale((params[0] * INF).sum()).backward()
+        scaler.step(optimizers[0])
+        scaler.update(32.0)
+        scaler.scale(params[1].sum()).backward()
+        scaler.step(optimizers[1])
+        scaler.update()
+        state = scaler.statistics()[0]
+        assert (state.scale, state.growth_tracker, state.overflows) == (32.0, 1, 0)
+
     @pytest.mark.parametrize("value", [0.0, -1.0, INF, NAN, 2.0**-127])
     def test_a_float_out_of_range(self, value):
         scaler = GradScaler("cpu", init_scale=4.0)

@@ -232,6 +232,20 @@ def test_a_group_or_parameter_that_is_taken_out_is_left_alone(make):
 
 
 @one_of_each_path
+def test_the_last_group_is_taken_out(make):
+    params = parameters()
+    optimizer = MixedPrecisionOptimizer(make([{"params": params[:4]}, {"params": params[4:]}]))
+    for step in range(3):
+        feed(params, gradients(params, step))
+        optimizer.step()
+        if step == 0:
+            optimizer.param_groups.pop()
+            kept = [p.detach().clone() for p in params[4:]]
+    assert same_bits(params[4:], kept)
+    assert optimizer.steps_taken == 3
+
+
+@one_of_each_path
 def test_a_parameter_may_take_anothers_place(make):
     params = parameters([HALF])
     optimizer = MixedPrecisionOptimizer(make(params))
@@ -352,6 +366,26 @@ def test_state_edited_in_place_and_state_replaced_are_the_same(name):
                         else:
                             value.mul_(0.5)
         runs.append(snapshot(optimizer))
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("key", ["step", "exp_avg"])
+def test_one_piece_of_state_replaced_is_noticed(key):
+    """By a value of any kind that holds the number: torch keeps steps in FP32, a colleague's moments are float64."""
+    runs = []
+    for replace in (False, True):
+        params = parameters()
+        optimizer = MixedPrecisionOptimizer(FUSED["adam"](params))
+        for step in range(3):
+            feed(params, gradients(params, step))
+            optimizer.step()
+            for param in params:
+                value = optimizer.state[param][key]
+                if replace:
+                    optimizer.state[param][key] = value.double() * 2
+                else:
+                    value.mul_(2)
+        runs.append(snapshot(optimizer)[:2])
     assert runs[0] == runs[1]
 
 

@@ -4,7 +4,6 @@ import gc
 import itertools
 import math
 import random
-import re
 from fractions import Fraction
 
 import pytest
@@ -245,7 +244,7 @@ class TestZeroing:
         world = two_pending(kind)
         world.params[0].grad.zero_()
         error = world.refused(lambda: world.scaler.step(world.optimizers[0]), RuntimeError)
-        assert re.search(r"group 0, parameter 0 of shape \(3,\)|a parameter of shape \(3,\)", str(error))
+        assert "the gradient of group 0, parameter 0 of shape (3,) was edited" in str(error)
         assert "edited while gradients of 2 losses are pending" in str(error)
         assert "zero_grad(set_to_none=True)" in str(error)
         assert "scaler.unscale_(optimizer)" in str(error)
@@ -568,7 +567,7 @@ class TestGradientsByHand:
         ):
             error = world.refused(call, RuntimeError)
             assert "was not made by a scaled loss" in str(error)
-            assert re.search(r"parameter.* of shape \(3,\)", str(error))
+            assert "group 0, parameter 0 of shape (3,)" in str(error)
         world.step(1)  # the other optimizer's are in order
         world.zero("0", True)
         world.backward(world.scale(0, {0: [1.0, 1.0, 1.0]}))
