@@ -109,6 +109,44 @@ def test_loading_over_a_run_that_is_under_way(make):
     assert optimizer.steps_taken == 6
 
 
+@every_optimizer
+@pytest.mark.parametrize("by_torch", [False, True])
+def test_loading_a_state_from_before_the_first_step(make, by_torch):
+    """Whatever the run had gathered is gone; torch saves nothing at all for a parameter that was never stepped."""
+    params, other = parameters(), parameters()
+    optimizer, fresh = MixedPrecisionOptimizer(make(params)), MixedPrecisionOptimizer(make(other))
+    start = make(parameters([SINGLE] * 3)).state_dict() if by_torch else copy.deepcopy(fresh.state_dict())
+    weights = [p.detach().clone() for p in params]
+    for step in range(2):
+        feed(params, gradients(params, step))
+        optimizer.step()
+    optimizer.load_state_dict(start)
+    with torch.no_grad():
+        for param, master, value in zip(params, optimizer.master_params(), weights, strict=True):
+            param.copy_(value)
+            master.copy_(value)  # torch's state has none
+    for step in range(3):
+        for own, one in ((params, optimizer), (other, fresh)):
+            feed(own, gradients(own, step))
+            one.step()
+    assert snapshot(optimizer) == snapshot(fresh)
+
+
+@pytest.mark.parametrize("make", [*FUSED.values(), GENERAL["RMSprop"]], ids=[*FUSED, "RMSprop"])
+def test_the_state_of_another_model_gives_way_to_the_weights(make):
+    """Only the optimizer is loaded: moments are the saved ones, masters follow the model that is there."""
+    trained, optimizer, scaler = prepared(make)
+    train(trained, optimizer, scaler, range(3))
+    model, other, its_scaler = prepared(make, seed=1)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    other.load_state_dict(optimizer.state_dict())
+    other.param_groups[0]["lr"] = 0.0
+    assert same_bits(dict(model.named_parameters()), weights)
+    train(model, other, its_scaler, [3])
+    for master, param in zip(other.master_params(), weights.values(), strict=True):
+        torch.testing.assert_close(master.detach(), param.float(), rtol=2.0**-10, atol=2.0**-10)
+
+
 @one_of_each_path
 def test_the_state_is_a_copy(make):
     """Training on after loading leaves the state dict alone, and the other way round."""

@@ -156,6 +156,20 @@ def test_an_overflow_that_unscale_found_skips(make):
     assert scaler.get_scale() == 8.0
 
 
+@one_of_each_path
+def test_unscale_votes_though_no_step_follows(make):
+    params = parameters((HALF, SINGLE))
+    scaler = started(GradScaler(init_scale=16.0, growth_interval=1))
+    optimizer = MixedPrecisionOptimizer(make(params), scaler)
+    for value, scale in ((1.0, 32.0), (math.inf, 16.0), (math.nan, 8.0), (1.0, 16.0)):
+        feed(params, [torch.full_like(p, value) for p in params])
+        scaler.unscale_(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert scaler.get_scale() == scale
+    assert (optimizer.steps_taken, optimizer.steps_skipped) == (0, 0)
+
+
 def test_unscale_then_max_grad_norm():
     """Both: the user's edit first, then the engine's clip of what came of it."""
     param, scaler = nn.Parameter(torch.zeros(3)), static_scaler(8.0)

@@ -315,6 +315,7 @@ def test_state_dict_hooks(on, make):
     def load_pre(opt, state_dict):
         calls.append(("load pre", opt, state_dict["note"]))
         state_dict["param_groups"][0]["lr"] = 0.125
+        state_dict["note"] = 6  # in a copy
         return state_dict
 
     target.register_state_dict_post_hook(post)
@@ -326,6 +327,7 @@ def test_state_dict_hooks(on, make):
     optimizer.load_state_dict(saved)
     assert calls == [("pre", optimizer), ("post", optimizer), ("load pre", optimizer, 5), ("load post", optimizer)]
     assert optimizer.param_groups[0]["lr"] == 0.125
+    assert saved["note"] == 5
 
 
 # Copies.
