@@ -32,7 +32,7 @@ from triton.runtime.jit import JITFunction
 
 from mpengine import rules
 from mpengine.kernels import launch, layout
-from mpengine.masters import Ballot, Entry, Source, SourceTable, TensorTable, arena
+from mpengine.masters import Ballot, DeviceSchedule, Entry, Source, SourceTable, TensorTable, arena
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 _CPU = torch.device("cpu")
@@ -97,6 +97,10 @@ def cases(numel: int = 1024, copies: int = 1) -> dict[str, Launch]:
         found[f"decide {name}"] = _record(
             launch.decide, table, sources, table.found[None], table.partials, hyper, max_norm, family, outside, votes
         )
+    schedule = DeviceSchedule(torch.zeros(layout.SCHEDULE, dtype=torch.int64), torch.zeros(9, 1, 1).double())
+    found["decide adam scheduled"] = _record(
+        launch.decide, table, sources, table.found[None], table.partials, hyper, max_norm, adam, None, votes, schedule
+    )
     counters, policy = torch.zeros(1, layout.COUNTERS, dtype=torch.int32), torch.zeros(layout.POLICY).double()
     found["update_scale"] = _record(launch.update_scale, torch.ones(1), torch.ones(1), counters, votes[None], policy)
     return found

@@ -5,6 +5,7 @@ skip = some found[device, loss] == attempt, or found_inf != 0 (NaN included)
 norm = float32(sqrt(sum of partials)); NaN where the step is skipped
 clip = min(1, max_norm / (norm + 1e-6)); 1 where max_norm is inf
 taken:  steps[tensor] += 1 where the tensor has a gradient         # -> the next decide
+        hyper[group] = the schedule's row of the steps taken so far, where something is scheduled
         scalars[tensor] = family(hyper[group], steps[tensor])      # -> update
 decision = skip, clip, norm                                        # -> update; last_grad_norm
 votes[loss] = clean, overflow, stale overflow or none, and the scale behind it     # -> update_scale
@@ -34,6 +35,11 @@ from .fields import (
     OVERFLOW,
     ROW,
     SCALARS,
+    SCHEDULE_COLUMN,
+    SCHEDULE_GROUPS,
+    SCHEDULE_ROWS,
+    SCHEDULE_START,
+    SCHEDULE_WIDTH,
     SKIP,
     SKIPPED,
     SOURCE,
@@ -46,7 +52,7 @@ from .fields import (
 
 @triton.jit(
     do_not_specialize=["num_tensors", "num_losses", "num_devices", "num_partials"],
-    do_not_specialize_on_alignment=["ballots_ptr", "found_inf_ptr", "votes_ptr"],
+    do_not_specialize_on_alignment=["ballots_ptr", "found_inf_ptr", "votes_ptr", "plan_ptr", "schedule_ptr"],
 )
 def _decide_kernel(
     rows_ptr,  # int64[T, ROW]
@@ -55,6 +61,8 @@ def _decide_kernel(
     found_ptr,  # int32[D, L]
     partials_ptr,  # float64[P]
     hyper_ptr,  # float64[G, HYPER]
+    plan_ptr,  # int64[SCHEDULE], or None
+    schedule_ptr,  # float64[rows, G, width], or None
     max_norm_ptr,  # float64[1]
     found_inf_ptr,  # float32[1] or None
     counts_ptr,  # int32[COUNTS], updated
@@ -85,7 +93,8 @@ def _decide_kernel(
         if max_norm != float("inf"):
             quotient = tl.div_rn(max_norm.to(tl.float32), norm + 1e-6)
             clip = tl.where(quotient < 1.0, quotient, 1.0)
-        _advance(rows_ptr, sources_ptr, hyper_ptr, steps_ptr, scalars_ptr, num_tensors, FAMILY, SOURCES, BLOCK)
+        hyper_ptrs = (hyper_ptr, plan_ptr, schedule_ptr)
+        _advance(rows_ptr, sources_ptr, hyper_ptrs, steps_ptr, scalars_ptr, num_tensors, taken, FAMILY, SOURCES, BLOCK)
     if votes_ptr is not None:
         _vote(attempt, outside, found_ptr, ballots_ptr, votes_ptr, num_losses, num_devices, BLOCK)
 
@@ -122,10 +131,11 @@ def _sum(partials_ptr, size, BLOCK: tl.constexpr):
 def _advance(
     rows_ptr,
     sources_ptr,
-    hyper_ptr,
+    hyper_ptrs,
     steps_ptr,
     scalars_ptr,
     num_tensors,
+    taken,
     FAMILY: tl.constexpr,
     SOURCES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -141,10 +151,25 @@ def _advance(
             group = tl.load(rows_ptr + tensor * ROW + GROUP, mask=mask, other=0)
             hyper = ()
             for j in tl.static_range(HYPER):
-                hyper = hyper + (tl.load(hyper_ptr + group * HYPER + j, mask=mask, other=0.0),)
+                hyper = hyper + (_hyperparameter(j, hyper_ptrs, group, taken, mask),)
             columns = FAMILY(hyper, tl.maximum(step, 1))
             for j in tl.static_range(len(columns)):
                 tl.store(scalars_ptr + tensor * SCALARS + j, columns[j].to(tl.float32), mask=mask)
+
+
+@triton.jit
+def _hyperparameter(j, hyper_ptrs, group, taken, mask):
+    """Hyperparameter j of each tensor's group: the group's own, or the scheduled one."""
+    hyper_ptr, plan_ptr, schedule_ptr = hyper_ptrs
+    value = tl.load(hyper_ptr + group * HYPER + j, mask=mask, other=0.0)
+    if schedule_ptr is not None:
+        column = tl.load(plan_ptr + SCHEDULE_COLUMN + j)
+        width = tl.load(plan_ptr + SCHEDULE_WIDTH)
+        row = taken.to(tl.int64) - tl.load(plan_ptr + SCHEDULE_START)
+        row = tl.maximum(tl.minimum(row, tl.load(plan_ptr + SCHEDULE_ROWS) - 1), 0)
+        place = (row * tl.load(plan_ptr + SCHEDULE_GROUPS) + group) * width + column
+        value = tl.load(schedule_ptr + place, mask=mask & (column >= 0), other=value)
+    return value
 
 
 @triton.jit

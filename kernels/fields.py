@@ -49,10 +49,22 @@ VOTE = tl.constexpr(layout.VOTE)
 HYPER = tl.constexpr(layout.HYPER)
 SCALARS = tl.constexpr(layout.SCALARS)
 
+SCHEDULE_ROWS = tl.constexpr(layout.SCHEDULE_ROWS)
+SCHEDULE_START = tl.constexpr(layout.SCHEDULE_START)
+SCHEDULE_WIDTH = tl.constexpr(layout.SCHEDULE_WIDTH)
+SCHEDULE_GROUPS = tl.constexpr(layout.SCHEDULE_GROUPS)
+SCHEDULE_COLUMN = tl.constexpr(layout.SCHEDULE_COLUMN)
+
 SKIP = tl.constexpr(layout.SKIP)
 CLIP = tl.constexpr(layout.CLIP)
 NORM = tl.constexpr(layout.NORM)
 DECISION = tl.constexpr(layout.DECISION)
+
+SMALL = tl.constexpr(layout.SMALL)
+LARGEST = tl.constexpr(layout.LARGEST)
+NONFINITE = tl.constexpr(layout.NONFINITE)
+ATTEMPT = tl.constexpr(layout.ATTEMPT)
+TALLY = tl.constexpr(layout.TALLY)
 
 TAKEN = tl.constexpr(layout.TAKEN)
 SKIPPED = tl.constexpr(layout.SKIPPED)

@@ -89,22 +89,29 @@ def _read_half(address, kind, start, offsets, mask, KINDS: tl.constexpr):
 
 
 @triton.jit
-def share(row, start, offsets, mask, KINDS: tl.constexpr):
-    """x_k of the block that begins at element `start`, from a row that `source` read; 0 where masked."""
-    address, scale, kind = row
+def gradient(row, start, offsets, mask, KINDS: tl.constexpr):
+    """float32(grad_k) of the block that begins at element `start`, from a row that `source` read; 0 where masked."""
+    address, _, kind = row
     if KINDS == ONLY_FLOAT32:
-        x = read(element_ptr(address, start, mask, tl.float32) + offsets, mask)
+        g = read(element_ptr(address, start, mask, tl.float32) + offsets, mask)
     elif KINDS < ONLY_FLOAT32:
-        x = _read_half(address, kind, start, offsets, mask, KINDS)
+        g = _read_half(address, kind, start, offsets, mask, KINDS)
     else:
         if kind == FLOAT32:
-            x = read(element_ptr(address, start, mask, tl.float32) + offsets, mask)
+            g = read(element_ptr(address, start, mask, tl.float32) + offsets, mask)
         else:
-            x = _read_half(address, kind, start, offsets, mask, KINDS - ONLY_FLOAT32)
+            g = _read_half(address, kind, start, offsets, mask, KINDS - ONLY_FLOAT32)
+    return g
+
+
+@triton.jit
+def share(row, start, offsets, mask, KINDS: tl.constexpr):
+    """x_k of a block: the gradient, unscaled."""
+    g = gradient(row, start, offsets, mask, KINDS)
     # Bitwise float32(1 / float64(scale)): 53 bits are at least 2 * 24 + 2, so rounding twice rounds as once. A float64
     # division by every thread would take consumer GPUs longer than the gradient's bytes. It stands below the load,
     # which need not wait for the scale.
-    return x * tl.div_rn(1.0, scale)
+    return g * tl.div_rn(1.0, row[1])
 
 
 @triton.jit

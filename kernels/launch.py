@@ -56,6 +56,7 @@ class Table(Protocol):
     stamps: Tensor
     found: Tensor
     partials: Tensor
+    tallies: Tensor
     counts: Tensor
     decision: Tensor
 
@@ -66,6 +67,13 @@ class Table(Protocol):
     @property
     def param_kinds(self) -> Iterable[int]:
         """The element kinds of the parameters that are written."""
+
+
+class Schedule(Protocol):
+    """`mpengine.masters.DeviceSchedule`, as far as the launchers read it."""
+
+    plan: Tensor
+    values: Tensor
 
 
 class Sources(Protocol):
@@ -81,7 +89,7 @@ class Sources(Protocol):
 
 
 def inspect(table: Table, sources: Sources) -> None:
-    """Reads every pending gradient once; writes `table.stamps`, `table.found` and `table.partials`."""
+    """Reads every pending gradient once; writes `table.stamps`, `.found`, `.partials` and `.tallies`."""
     programs = len(table.inspect_chunks)
     if programs == 0:
         return
@@ -96,6 +104,7 @@ def inspect(table: Table, sources: Sources) -> None:
             table.stamps,
             table.found,
             table.partials,
+            table.tallies,
             len(table.found),
             SOURCES=sources.width,
             KINDS=kinds,
@@ -117,6 +126,7 @@ def decide(
     family: Named | None,
     found_inf: Tensor | None = None,
     votes: Tensor | None = None,
+    schedule: Schedule | None = None,
 ) -> None:
     """Decides about the step; writes `decision`, `counts`, and where it is taken `steps` and `scalars` of `table`.
 
@@ -130,6 +140,7 @@ def decide(
         family: Gives the scalars; None leaves them alone.
         found_inf: float32, one element: a verdict from outside (`torch.amp.GradScaler`'s).
         votes: float32[L, layout.VOTE], written for the scaler unless None; contiguous.
+        schedule: Replaces some of the hyperparameters by those of the steps taken.
     """
     with _on(table.rows.device):
         _decide_kernel[(1,)](
@@ -139,6 +150,8 @@ def decide(
             found,
             partials,
             hyper,
+            None if schedule is None else schedule.plan,
+            None if schedule is None else schedule.values,
             max_norm,
             found_inf,
             table.counts,

@@ -41,6 +41,15 @@ VOTE = 2
 HYPER = 8
 SCALARS = 12
 
+# A schedule: float64[SCHEDULE_ROWS, G, SCHEDULE_WIDTH] values, and int64[SCHEDULE]: what they are. The step reads the
+# row of the steps taken so far, less SCHEDULE_START, or the first or last row beyond the ends.
+SCHEDULE_ROWS = 0
+SCHEDULE_START = 1
+SCHEDULE_WIDTH = 2  # hyperparameters that are scheduled
+SCHEDULE_GROUPS = 3
+SCHEDULE_COLUMN = 4  # + j: where hyperparameter j stands among the scheduled ones; -1: it is not scheduled
+SCHEDULE = SCHEDULE_COLUMN + HYPER
+
 # The decision of a step: float32[DECISION].
 SKIP = 0  # 1.0: leave everything as it is
 CLIP = 1  # the factor on the unscaled gradient
@@ -50,6 +59,13 @@ DECISION = 4
 # The counts of an optimizer: int32[COUNTS].
 TAKEN, SKIPPED = 0, 1
 COUNTS = 2
+
+# What inspect counts of the scaled gradients, for each of its programs and each loss: int32[P, L, TALLY]; -1 at first.
+SMALL = 0  # elements that are zero or subnormal in the gradient's type
+LARGEST = 1  # the bits of the largest unscaled magnitude, float32; inf where an element is counted in NONFINITE
+NONFINITE = 2  # elements whose unscaled value, or the losses' sum, was inf or NaN, at the attempt beside it
+ATTEMPT = 3
+TALLY = 4
 
 # The state of a loss scale: float32[L] scales and int32[L, COUNTERS].
 GROWTH_TRACKER, HYSTERESIS_LEFT, OVERFLOWS, GROWTHS, CONSECUTIVE_OVERFLOWS, UPDATES, LAST_OVERFLOW = range(7)

@@ -4,8 +4,18 @@ from mpengine import reference, rules
 from mpengine.grad_scaler import GradScaler
 from mpengine.optimizer import MixedPrecisionOptimizer
 from mpengine.precision import prepare
+from mpengine.report import LossReport, Report
 from mpengine.watchdog import LossScaleCollapse
 
 __version__ = "0.1.0"
 
-__all__ = ["GradScaler", "LossScaleCollapse", "MixedPrecisionOptimizer", "prepare", "reference", "rules"]
+__all__ = [
+    "GradScaler",
+    "LossReport",
+    "LossScaleCollapse",
+    "MixedPrecisionOptimizer",
+    "Report",
+    "prepare",
+    "reference",
+    "rules",
+]

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from mpengine import general, holdings
+from mpengine import general, holdings, saved_state
 from mpengine.gradients import parameters
+from mpengine.saved_state import EXTRA, MASTER
 from mpengine.scaling import ScalePolicy, ScaleState
 
 if TYPE_CHECKING:
     from mpengine.optimizer import MixedPrecisionOptimizer
-
-MASTER = "master"
 
 
 def pack(optimizer: MixedPrecisionOptimizer) -> dict[str, Any]:
@@ -51,21 +50,36 @@ def pack(optimizer: MixedPrecisionOptimizer) -> dict[str, Any]:
     return {"state": state, "param_groups": groups, "mpengine": extra}
 
 
+def plain(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A packed state without masters and what else is ours.
+
+    A parameter that the optimizer has never stepped has no entry then: torch starts its state when there is none.
+    """
+    states = {
+        key: {name: value for name, value in own.items() if name != MASTER} for key, own in state_dict["state"].items()
+    }
+    kept = {key: value for key, value in state_dict.items() if key != EXTRA}
+    return {**kept, "state": {key: own for key, own in states.items() if own}}
+
+
 @torch.no_grad()
 def load(optimizer: MixedPrecisionOptimizer, state_dict: dict[str, Any]) -> None:
     """Checks everything first, then copies. See `MixedPrecisionOptimizer.load_state_dict`."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict is a {type(state_dict).__name__}; give the dict that state_dict() returned.")
     state_dict = dict(state_dict)  # a hook may edit it
     for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         replaced = pre_hook(optimizer, state_dict)
         state_dict = state_dict if replaced is None else replaced
-    state_by_param = _matched(optimizer, state_dict)
+    state_by_param = saved_state.matched(optimizer, state_dict)
     groups = [
-        _complete(optimizer, own, saved)
+        saved_state.complete(optimizer, own, saved)
         for own, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True)
     ]
     for group in groups:
         for param in group["params"]:
-            _check_state(optimizer, param, state_by_param[param], group)
+            saved_state.check(optimizer, param, state_by_param[param], group)
+    saved_state.check_alike(optimizer, state_by_param, groups)
     for group, loaded in zip(optimizer.param_groups, groups, strict=True):
         group.clear()
         group.update(loaded)
@@ -74,20 +88,25 @@ def load(optimizer: MixedPrecisionOptimizer, state_dict: dict[str, Any]) -> None
         saved = state_by_param.get(param, {})
         if param not in optimizer._steps:
             continue
-        if param in optimizer._masters:
-            if MASTER in saved:
-                optimizer._masters[param].copy_(saved[MASTER])
-            optimizer._agreed.pop(param, None)  # the next step asks which of the two is newer, element by element
+        if param in optimizer._masters and MASTER in saved:
+            holdings.take_master(optimizer, param, saved[MASTER])
         own = {name: value for name, value in saved.items() if name != MASTER}
         if optimizer._family is None:
             _load_inner(optimizer, param, own)
         else:
             _load_fused(optimizer, param, own)
     optimizer._register()
-    extra = state_dict.get("mpengine", {})
-    optimizer._counts = [int(extra.get("steps_taken", 0)), int(extra.get("steps_skipped", 0))]
+    optimizer._counts = _counts_of(state_dict)
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
+
+
+def _counts_of(state_dict: Mapping[str, Any]) -> list[int]:
+    """Steps taken and skipped: ours as saved; of torch.optim's states the largest step of a parameter, if it counts."""
+    if EXTRA in state_dict:
+        extra = saved_state.extra(state_dict)
+        return [extra.get("steps_taken", 0), extra.get("steps_skipped", 0)]
+    return [max((int(own.get("step", 0)) for own in state_dict["state"].values()), default=0), 0]
 
 
 def _load_fused(optimizer: MixedPrecisionOptimizer, param: Tensor, own: dict[str, Any]) -> None:
@@ -118,75 +137,6 @@ def _moved(name: str, value: Any, device: torch.device) -> Any:
     return value.clone() if name == "step" else value.to(device, copy=True)
 
 
-def _complete(optimizer: MixedPrecisionOptimizer, own: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
-    """The group to load: the saved one around our parameters. What an older torch did not know keeps its default."""
-    defaults = optimizer._inner.defaults
-    missing = [
-        key for key, default in defaults.items() if key not in saved and default is not None and default is not False
-    ]
-    if missing:
-        raise ValueError(
-            f"the saved param_groups lack {sorted(missing)}, which {type(optimizer._inner).__name__} needs (they have "
-            f"{sorted(set(saved) - {'params'})}); load a state of the same kind of optimizer."
-        )
-    names = {"param_names": own["param_names"]} if "param_names" in own else {}
-    return {**defaults, **names, **copy.deepcopy({**saved, "params": []}), "params": own["params"]}
-
-
-def _matched(optimizer: MixedPrecisionOptimizer, state_dict: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:
-    """The saved state of each parameter; raises where groups or parameters do not match in number."""
-    if "state" not in state_dict or "param_groups" not in state_dict:
-        raise ValueError(f"an optimizer's state has the keys state and param_groups; this has {sorted(state_dict)}.")
-    saved_class = state_dict.get("mpengine", {}).get("optimizer")
-    if saved_class is not None and saved_class != type(optimizer._inner).__name__:
-        raise ValueError(
-            f"the state was saved by {saved_class}, this optimizer wraps {type(optimizer._inner).__name__}; wrap a "
-            f"torch.optim.{saved_class} to load it."
-        )
-    saved, own = state_dict["param_groups"], optimizer.param_groups
-    sizes, own_sizes = [len(g["params"]) for g in saved], [len(g["params"]) for g in own]
-    if sizes != own_sizes:
-        raise ValueError(
-            f"the state has groups of {sizes} parameters, this optimizer has groups of {own_sizes}; build the model "
-            "and its param groups as they were when the state was saved."
-        )
-    keys = [key for group in saved for key in group["params"]]
-    surplus = set(state_dict["state"]) - set(keys)
-    if surplus:
-        raise ValueError(f"the state has entries {sorted(surplus)} that belong to no parameter of its param_groups.")
-    return {p: state_dict["state"].get(key, {}) for key, p in zip(keys, parameters(optimizer), strict=True)}
-
-
-def _check_state(
-    optimizer: MixedPrecisionOptimizer, param: Tensor, saved: dict[str, Any], group: dict[str, Any]
-) -> None:
-    """Raises where a saved tensor does not fit the parameter, or belongs to another kind of optimizer."""
-    name, kind, family = optimizer._name_of(param), type(optimizer._inner).__name__, optimizer._family
-    own = {key: value for key, value in saved.items() if key not in (MASTER, "step")}
-    if family is not None:
-        unknown = sorted(set(own) - set(family.slots))
-        missing = sorted(set(family.variant(group).slots) - set(own)) if own and family.counts_steps else []
-        if unknown or missing:
-            raise ValueError(
-                f"the saved state of {name} has {sorted(own)}, but this {kind} keeps {sorted(family.slots)} "
-                f"(unknown: {unknown}, missing: {missing}); load a state of the same kind of optimizer."
-            )
-    step = saved.get("step", 0)
-    if not isinstance(step, (int, float)) and not (isinstance(step, Tensor) and step.numel() == 1):
-        raise ValueError(f"the saved step of {name} must be a number, not {step!r:.60}.")
-    slots = own if family is not None else {}
-    if MASTER in saved:
-        slots = {**slots, MASTER: saved[MASTER]}
-    for key, value in slots.items():
-        if value is not None and not (isinstance(value, Tensor) and value.is_floating_point()):
-            raise ValueError(f"the saved {key} of {name} must be a floating-point tensor, not {value!r:.60}.")
-        if value is not None and value.shape != param.shape:
-            raise ValueError(
-                f"the saved {key} of {name} has shape {tuple(value.shape)}, the parameter {tuple(param.shape)}; build "
-                "the model as it was when the state was saved."
-            )
-
-
 def pack_scaler(states: list[ScaleState], policy: ScalePolicy) -> dict[str, Any]:
     """The keys of `torch.amp.GradScaler` (lists with several losses), and the rest under "mpengine"."""
     one = len(states) == 1
@@ -205,15 +155,21 @@ def pack_scaler(states: list[ScaleState], policy: ScalePolicy) -> dict[str, Any]
     }
 
 
-def parse_scaler(state: dict[str, Any], policy: ScalePolicy, num_losses: int) -> tuple[ScalePolicy, list[ScaleState]]:
+def parse_scaler(
+    state: Mapping[str, Any], policy: ScalePolicy, num_losses: int
+) -> tuple[ScalePolicy, list[ScaleState]]:
     """The policy and the state of each loss in a saved scaler; a state of one loss goes to every loss.
 
     Raises:
-        RuntimeError: A key is missing, the number of losses is another, or a scale is out of bounds.
+        TypeError: It is no dict.
+        ValueError: The policy is none: see `ScalePolicy`.
+        RuntimeError: A key is missing, an entry is no number, the number of losses is another, or a scale is out of
+            bounds.
     """
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state_dict is a {type(state).__name__}; give the dict that a scaler's state_dict() returned.")
+    extra = state.get(EXTRA, {})
     try:
-        scales, trackers = state["scale"], state["_growth_tracker"]
-        extra = state.get("mpengine", {})
         policy = replace(
             policy,
             growth_factor=state["growth_factor"],
@@ -221,15 +177,17 @@ def parse_scaler(state: dict[str, Any], policy: ScalePolicy, num_losses: int) ->
             growth_interval=state["growth_interval"],
             **{key: extra[key] for key in ("min_scale", "max_scale", "hysteresis") if key in extra},
         )
+        states = _parse_losses(state["scale"], state["_growth_tracker"], extra.get("counters"), policy)
     except KeyError as error:
         raise RuntimeError(
             f"the state dict has no key {error}; it must be the state of mpengine.GradScaler or torch.amp.GradScaler, "
             f"not one with keys {sorted(state)}."
         ) from None
-    scales = list(scales) if isinstance(scales, (list, tuple)) else [scales]
-    trackers = list(trackers) if isinstance(trackers, (list, tuple)) else [trackers]
-    counters = extra.get("counters") or [[tracker, policy.hysteresis] for tracker in trackers]
-    states = [ScaleState(float(s), *row) for s, row in zip(scales, counters, strict=False)]
+    except (TypeError, AttributeError) as error:
+        raise RuntimeError(
+            f"the state dict cannot be read ({error}); it must be the state of mpengine.GradScaler or "
+            "torch.amp.GradScaler."
+        ) from error
     if len(states) == 1:
         states *= num_losses
     if len(states) != num_losses:
@@ -244,3 +202,25 @@ def parse_scaler(state: dict[str, Any], policy: ScalePolicy, num_losses: int) ->
                 f"[{policy.min_scale:g}, {policy.max_scale:g}]; construct GradScaler with bounds that hold it."
             )
     return policy, states
+
+
+def _parse_losses(scales: Any, trackers: Any, counters: Any, policy: ScalePolicy) -> list[ScaleState]:
+    scales, trackers = _listed(scales), _listed(trackers)
+    rows = counters or [[tracker, policy.hysteresis] for tracker in trackers]
+    if not len(scales) == len(trackers) == len(rows):
+        raise RuntimeError(
+            f"the state dict holds {len(scales)} scales, {len(trackers)} growth trackers and {len(rows)} rows of "
+            "counters; each loss has one of each."
+        )
+    states = [
+        ScaleState(float(scale), *[int(count) for count in (tracker, *row[1:])])
+        for scale, tracker, row in zip(scales, trackers, rows, strict=True)
+    ]
+    for loss_id, state in enumerate(states):
+        if min(state.counters()) < 0:
+            raise RuntimeError(f"the state dict's counters of loss {loss_id} are {state.counters()}; none is negative.")
+    return states
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]

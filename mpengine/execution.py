@@ -12,9 +12,10 @@ from torch import Tensor
 from mpengine import backend
 from mpengine.gradients import Labelled, as_sources
 from mpengine.kernels import layout
-from mpengine.masters import Ballot, Entry, SourceTable, TensorTable, arena, same_layout, to_device
+from mpengine.masters import Ballot, DeviceSchedule, Entry, SourceTable, TensorTable, arena, same_layout, to_device
 from mpengine.plain import cast_votes
 from mpengine.rules import ASSIGN, Family
+from mpengine.tally import Tally, counted
 
 
 class _Numbers:
@@ -79,11 +80,18 @@ class Execution:
             )
             for device, positions in by_device.items()
         ]
+        self._schedules: list[DeviceSchedule | None] = [None] * len(self._devices)
         self.memory = {i: memory_of(entry.param) for i, entry in entries.items()}
 
     def step_views(self) -> dict[int, Tensor]:
         """From a position to its step count, int32 0-dim: a view of the table that decide writes."""
         return {i: d.table.steps[j] for d in self._devices for j, i in enumerate(d.positions)}
+
+    def set_schedule(self, plan: np.ndarray, values: np.ndarray) -> None:
+        """From now on `decide` reads scheduled hyperparameters: see `masters.DeviceSchedule`."""
+        self._schedules = [
+            DeviceSchedule(to_device(plan, d.device), to_device(values, d.device)) for d in self._devices
+        ]
 
     def inspect(self, pending: list[list[Labelled]], ballots: list[Ballot]) -> None:
         """Reads all pending gradients once."""
@@ -106,7 +114,7 @@ class Execution:
         votes: Tensor | None,
     ) -> None:
         """Decides about the step: the same on every device, from the verdicts of all."""
-        for d in self._devices:
+        for d, schedule in zip(self._devices, self._schedules, strict=True):
             tables = [other.table for other in self._devices]
             found = [t.found.to(d.device, non_blocking=True)[None] for t in tables]
             partials = [t.partials.to(d.device, non_blocking=True) for t in tables]
@@ -123,6 +131,7 @@ class Execution:
                 family,
                 None if found_inf is None else found_inf.to(d.device, non_blocking=True),
                 local_votes,
+                schedule,
             )
             if votes is not None and local_votes is not None and local_votes is not votes:
                 votes.copy_(local_votes, non_blocking=True)
@@ -191,14 +200,19 @@ class Execution:
             for count, value in zip(d.table.counts, values, strict=True):
                 count.fill_(value)
             d.table.stamps.zero_()
+            d.table.tallies[..., layout.ATTEMPT] = -1
             d.table.found.zero_()
 
     def overflowed(self, loss_id: int | None) -> list[int]:
         """Positions of the parameters that overflowed last (in this loss)."""
-        losses = slice(None) if loss_id is None else slice(loss_id, loss_id + 1)
-        stamps = {i: row for d in self._devices for i, row in zip(d.positions, d.table.stamps.tolist(), strict=True)}
-        last = max((stamp for row in stamps.values() for stamp in row[losses]), default=0)
-        return [i for i, row in sorted(stamps.items()) if last > 0 and last in row[losses]]
+        losses = range(self.num_losses) if loss_id is None else [loss_id]
+        tallies = [self.tally(k) for k in losses]
+        last = max((tally.overflow for tally in tallies), default=0)
+        return sorted({i for tally in tallies if last > 0 and tally.overflow == last for i in tally.nonfinite})
+
+    def tally(self, loss_id: int) -> Tally:
+        """What the last `inspect` that saw this loss has counted in its gradients."""
+        return counted([(d.table, d.positions) for d in self._devices], loss_id)
 
 
 def memory_of(param: Tensor) -> tuple[Any, ...]:

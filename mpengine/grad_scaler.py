@@ -17,6 +17,7 @@ from mpengine.gradients import Label, Labelled, Ledger
 from mpengine.kernels import layout
 from mpengine.loss_scales import LossScales
 from mpengine.masters import Ballot
+from mpengine.report import LossReport, Report, loss_report
 from mpengine.scaling import FLOAT32_MAX, SMALLEST_SCALE, ScalePolicy, ScaleState
 from mpengine.watchdog import Watchdog
 
@@ -181,7 +182,7 @@ class GradScaler(torch.amp.GradScaler):
         `mpengine.prepare` does it. A plain torch optimizer needs it when there are several losses, before the
         first backward pass; with one loss it happens at the first `unscale_` or `step`.
         """
-        self._ledger.watch(optimizer)
+        self._ledger.watch(_bare(optimizer))
 
     def scale(self, outputs: Tensor | Iterable[Tensor], loss_id: int = 0) -> Any:
         """The loss (or an iterable of losses) times the scale of `loss_id`, in FP32.
@@ -242,6 +243,7 @@ class GradScaler(torch.amp.GradScaler):
         """
         if not self._enabled:
             return
+        optimizer = _bare(optimizer)
         self._initialized("unscale_")
         attach = getattr(optimizer, "_attach", None)
         if attach is not None:
@@ -285,6 +287,7 @@ class GradScaler(torch.amp.GradScaler):
         """
         if not self._enabled:
             return optimizer.step(*args, **kwargs)
+        optimizer = _bare(optimizer)
         if "closure" in kwargs or (args and callable(args[0])):
             raise RuntimeError(
                 "Closure use is not currently supported if GradScaler is enabled: call closure() yourself, scale its "
@@ -297,11 +300,14 @@ class GradScaler(torch.amp.GradScaler):
             return optimizer.step(*args, **kwargs)
         state = self._begin_step(optimizer)
         pending = self._pending(optimizer)
-        if state.stage is OptState.READY or _any_scaled(pending):  # backward passes may follow unscale_
-            self._unscale(optimizer, state, pending)
-        if not state.found_inf:
-            raise AssertionError("No inf checks were recorded for this optimizer.")
-        result = plain.step(optimizer, state.found_inf, args, kwargs)
+        if plain.asks_for_scaler(optimizer):  # and unscales and skips with its help
+            result = plain.step_with_scaler(optimizer, self, args, kwargs)
+        else:
+            if state.stage is OptState.READY or _any_scaled(pending):  # backward passes may follow unscale_
+                self._unscale(optimizer, state, pending)
+            if not state.found_inf:
+                raise AssertionError("No inf checks were recorded for this optimizer.")
+            result = plain.step(optimizer, state.found_inf, args, kwargs)
         state.stage = OptState.STEPPED
         self._ledger.renewed(optimizer)
         return result
@@ -413,7 +419,7 @@ class GradScaler(torch.amp.GradScaler):
             if not state.labels:
                 self._renew(state)
         if new_scale is None:
-            self._watchdog.look(device_state.counters, device_state.scales, self._overflowed_parameters)
+            self._watchdog.look(device_state.counters, self._loss_report)
 
     def _renew(self, state: _OptimizerState) -> None:
         state.reset()
@@ -447,14 +453,14 @@ class GradScaler(torch.amp.GradScaler):
                 return str(name)
         return f"a parameter of shape {tuple(param.shape)}"
 
-    def _overflowed_parameters(self, loss_id: int) -> list[str]:
-        names: list[str] = []
+    def _loss_report(self, loss_id: int) -> LossReport:
+        tallies = []
         for state in self._states.values():
             optimizer = state.optimizer()
             if optimizer is not None:
-                by_loss = getattr(optimizer, "overflowed_parameters", None)
-                names += by_loss(loss_id) if by_loss is not None else plain.overflowed_parameters(optimizer)
-        return names
+                own = getattr(optimizer, "_tally", None)
+                tallies.append(plain.tally(optimizer) if own is None else own(loss_id))
+        return loss_report(loss_id, self.statistics()[loss_id], tallies)
 
     # Reading and setting.
 
@@ -465,6 +471,18 @@ class GradScaler(torch.amp.GradScaler):
     def statistics(self) -> list[ScaleState]:
         """The state of every loss's scale, read from the device (one sync)."""
         return list(self._start) if self._device_state is None else self._device_state.states()
+
+    def report(self) -> Report:
+        """Where each loss's scale stands, which parameters overflowed last, and how much of its gradients underflows.
+
+        The step counts this while it reads the gradients; here it is read from the device. Plain torch optimizers
+        count nothing: their part of `underflow` and `largest` is missing, and parameters are named only while
+        their gradients are not finite.
+
+        Returns:
+            One `LossReport` for each loss; `print(scaler.report())` is readable. Empty when disabled.
+        """
+        return Report(tuple(self._loss_report(k) for k in range(self.num_losses)) if self._enabled else ())
 
     def get_scale(self, loss_id: int = 0) -> float:
         """The scale of a loss, read from the device (one sync); 1.0 when disabled."""
@@ -517,6 +535,12 @@ class GradScaler(torch.amp.GradScaler):
             return {}
         return checkpoint.pack_scaler(self.statistics(), self._policy)
 
+    def torch_state_dict(self, loss_id: int = 0) -> dict[str, Any]:
+        """One loss's state, as `torch.amp.GradScaler` loads it (of several it would take the lists, and fail later)."""
+        self._check_loss_id(loss_id)
+        whole = {key: value for key, value in self.state_dict().items() if key != "mpengine"}
+        return {key: value[loss_id] if isinstance(value, list) else value for key, value in whole.items()}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the state of this class or of `torch.amp.GradScaler`; a state of one loss goes to every loss.
 
@@ -562,3 +586,9 @@ def _ballot(labels: list[Label]) -> Ballot:
     if any(not label.counted for label in labels):
         return Ballot(layout.FRESH)
     return Ballot(layout.STALE, next((label.scale for label in labels if label.scale is not None), None))
+
+
+def _bare(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer that Lightning's or Fabric's wrapper holds, under which its gradients are known."""
+    held = getattr(optimizer, "_optimizer", None)
+    return held if isinstance(held, torch.optim.Optimizer) else optimizer

@@ -22,70 +22,10 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
+from mpengine import distributed
 from mpengine.kernels import layout
+from mpengine.labels import UNSCALED, ZEROS, Label, Labelled, Record
 from mpengine.masters import Source
-
-
-class Label:
-    """One value of one loss's scale.
-
-    Attributes:
-        loss_id: The loss.
-        scale: float32, 0-dim: the scale that scaled the gradients under this label. The scaler moves it to a copy
-            before the value changes. None: the gradients are unscaled already.
-        parts: The uncounted labels that were folded into this one, which is counted when they are.
-    """
-
-    def __init__(self, loss_id: int, scale: Tensor | None, counted: bool = False) -> None:
-        self.loss_id = loss_id
-        self.scale = scale
-        self.parts: list[Label] = []
-        self._counted = counted
-        self._again: Label | None = None
-
-    @property
-    def counted(self) -> bool:
-        """Whether an `update()` has dealt with this backward pass already."""
-        return all(part.counted for part in self.parts) if self.parts else self._counted
-
-    @counted.setter
-    def counted(self, value: bool) -> None:
-        self._counted = value
-        for part in self.parts:
-            part.counted = value
-
-    def of_pass(self) -> Label:
-        """The label of a pass that begins now: this one, or where an `update()` has dealt with it, another like it."""
-        if not self.counted:
-            return self
-        if self._again is None or self._again.counted:
-            assert self.scale is not None
-            self._again = Label(self.loss_id, self.scale.clone())
-        return self._again
-
-
-Labelled = tuple[Label, Tensor]
-
-
-_ZEROS = Label(0, None, counted=True)
-_UNSCALED = Label(0, None, counted=True)
-
-
-class _Record:
-    """What is known about one parameter's gradients: the label of `.grad`, and those set aside."""
-
-    __slots__ = ("aside", "grad", "label", "param", "spent", "version")
-
-    def __init__(self, param: Tensor) -> None:
-        self.param = weakref.ref(param)
-        self.aside: list[tuple[Label, Tensor]] = []
-        self.label: Label | None = None
-        self.grad: Callable[[], Tensor | None] = lambda: None
-        self.version = 0
-        self.spent = False  # zeros, or stepped already: what somebody writes there later is a new gradient
-
-    def note(self, grad: Tensor, label: Label, spent: bool = False) -> None:
-        self.label, self.grad, self.version, self.spent = label, weakref.ref(grad), grad._version, spent
 
 
 class _Pass:
@@ -118,11 +58,11 @@ class Ledger:
         self.passes = 0  # backward passes of scaled losses so far
         self._name_of = name_of
         self.optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        # At which pass a scale last changed, and the label of what is assigned by hand: _UNSCALED between unscale_ and
+        # At which pass a scale last changed, and the label of what is assigned by hand: UNSCALED between unscale_ and
         # step; None: the label in force up to the next pass, then that pass's.
         self._by_hand: weakref.WeakKeyDictionary[torch.optim.Optimizer, tuple[int, Label | None]]
         self._by_hand = weakref.WeakKeyDictionary()
-        self._records: dict[int, _Record] = {}
+        self._records: dict[int, Record] = {}
         self._pass: Callable[[], _Pass | None] = lambda: None
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
@@ -155,14 +95,7 @@ class Ledger:
         self.passes += 1
         started = _Pass(self, label, task)
         self._pass = weakref.ref(started)
-        engine = torch.autograd.Variable._execution_engine
-        # Other callbacks, DistributedDataParallel's among them, write into .grad after ours: look again after them.
-
-        def finish() -> None:
-            started.end()
-            engine.queue_callback(self._note_versions)
-
-        engine.queue_callback(finish)
+        distributed.call_last(started.end)
 
     def sources(self, optimizer: torch.optim.Optimizer, current: Label) -> list[list[Labelled]]:
         """The pending gradients of each parameter, as (label, gradient) in order of loss_id.
@@ -178,7 +111,9 @@ class Ledger:
         self._close_pass()
         self._check_edits()
         default = self._default_label(optimizer, current)
-        return [self._pending(param, default) for param in parameters(optimizer)]
+        pending = [self._pending(param, default) for param in parameters(optimizer)]
+        self._check_averaged(optimizer, pending)
+        return pending
 
     def unscaled(self, optimizer: torch.optim.Optimizer, pending: list[list[Labelled]]) -> None:
         """Every `.grad` has become the unscaled sum of what was pending."""
@@ -186,7 +121,7 @@ class Ledger:
             if labelled and param.grad is not None:
                 self._forget_aside(param).note(param.grad, Label(labelled[0][0].loss_id, None, counted=True))
         at, _ = self._by_hand.get(optimizer, (0, None))
-        self._by_hand[optimizer] = (at, _UNSCALED)
+        self._by_hand[optimizer] = (at, UNSCALED)
 
     def settle(self, current: Label, stepped: Iterable[torch.optim.Optimizer]) -> None:
         """A scale is about to change: gradients without a record get one now, those that appear later are new.
@@ -209,13 +144,15 @@ class Ledger:
 
     def _record_all(self, optimizer: torch.optim.Optimizer, default: Label | None, spent: bool) -> None:
         """Gives every gradient a record, where `default` says what those without one are."""
+        local = distributed.unsynchronised()
         for param in parameters(optimizer) if default is not None else ():
             grad = param.grad
             if grad is None:
                 continue
             record, label = self._records.get(id(param)), default
-            if record is None or record.grad() is not grad:
-                record = self._records[id(param)] = _Record(param)
+            if record is None or not record.holds(param, grad):
+                record = self._records[id(param)] = Record(param)
+                record.local = id(param) in local
             elif record.aside:
                 continue
             else:
@@ -229,17 +166,20 @@ class Ledger:
             if param.grad is None:
                 self._records.pop(id(param), None)
             else:
-                self._forget_aside(param).note(param.grad, _ZEROS, spent=True)
+                if param.grad.dtype != param.dtype:  # left by unscale_; DistributedDataParallel refuses to add to it
+                    param.grad = torch.zeros_like(param)
+                self._forget_aside(param).note(param.grad, ZEROS, spent=True)
 
-    def _forget_aside(self, param: Tensor) -> _Record:
+    def _forget_aside(self, param: Tensor) -> Record:
         record = self._record(param)
-        record.aside.clear()
+        record.forget_aside()
+        record.local = False
         return record
 
-    def _record(self, param: Tensor) -> _Record:
+    def _record(self, param: Tensor) -> Record:
         record = self._records.get(id(param))
         if record is None or record.param() is not param:
-            record = self._records[id(param)] = _Record(param)
+            record = self._records[id(param)] = Record(param)
         return record
 
     def _default_label(self, optimizer: torch.optim.Optimizer, current: Label) -> Label | None:
@@ -282,6 +222,19 @@ class Ledger:
             )
         return sorted(pending, key=lambda pair: pair[0].loss_id)
 
+    def _check_averaged(self, optimizer: torch.optim.Optimizer, pending: list[list[Labelled]]) -> None:
+        """Refuses gradients of which DistributedDataParallel averaged a part alone: nothing would average the rest."""
+        for param, labelled in zip(parameters(optimizer), pending, strict=True):
+            record = self._records.get(id(param))
+            local = [label for label, grad in labelled if record is not None and record.is_local(grad)]
+            if 0 < len(local) < len(labelled):
+                raise RuntimeError(
+                    f"the gradient of loss {local[0].loss_id} on {self._name_of(param)} was accumulated under "
+                    "no_sync() and set aside when another loss or another scale followed, so it is this rank's alone, "
+                    "while others are averaged over all ranks. Let the last backward pass of each loss run outside "
+                    "of no_sync(), and call scaler.update() only between whole accumulations."
+                )
+
     def _set_aside(self, label: Label) -> None:
         """Leaves in `.grad` only what was made under `label`."""
         pending: list[tuple[Tensor, Label | None, list[Labelled]]] = []
@@ -289,19 +242,16 @@ class Ledger:
             default = self._default_label(optimizer, label)
             pending += [(p, self._label_of(p, default), self._pending(p, default)) for p in parameters(optimizer)]
         for param, own, labelled in pending:
-            if not labelled or own in (label, _ZEROS):
+            if not labelled or own in (label, ZEROS):
                 continue
             record = self._record(param)
-            record.aside = [(old, grad) for old, grad in labelled if old is not label]
-            if len(record.aside) >= layout.MAX_SOURCES:
-                record.aside = _fold(record.aside)
-            if _is_bucket_view(_grad(param)):
-                record.aside = [(old, grad.clone() if grad is param.grad else grad) for old, grad in record.aside]
-            param.grad = next((grad for old, grad in labelled if old is label), None)
+            kept = next((grad for old, grad in labelled if old is label), None)
+            record.set_aside([(old, grad) for old, grad in labelled if old is not label], kept, layout.MAX_SOURCES)
+            param.grad = kept
 
     def _end(self, label: Label) -> None:
         """The pass is over, or was broken off by an exception."""
-        all_recorded = self._all_recorded()
+        all_recorded, local = self._all_recorded(), distributed.unsynchronised()
         if all_recorded:
             for watched in self._watched():
                 if watched.grad is not None:
@@ -312,9 +262,9 @@ class Ledger:
                 del self._records[key]
                 continue
             if param.grad is not None:
-                record.note(param.grad, label)
+                record.reached(param.grad, label, local=key in local)
             elif record.aside:
-                old, grad = record.aside.pop()
+                old, grad = record.restore()
                 if grad.dtype != param.dtype:
                     param.grad_dtype = None  # an fp16 parameter may then hold an FP32 gradient
                 param.grad = grad
@@ -322,18 +272,12 @@ class Ledger:
             if param.grad is None or (not all_recorded and not record.aside and record.label is label):
                 del self._records[key]
 
-    def _note_versions(self) -> None:
-        for record in self._records.values():
-            param = record.param()
-            if param is not None and param.grad is not None and record.label is not None:
-                record.note(param.grad, record.label, record.spent)
-
     def _check_edits(self) -> None:
         """Drops what was set aside where the user zeroed `.grad`; refuses an edit that several losses leave unclear."""
         for key, record in list(self._records.items()):
             param = record.param()
             grad = None if param is None else param.grad
-            if param is None or grad is None or grad is not record.grad():
+            if param is None or grad is None or not record.holds(param, grad):
                 del self._records[key]
             elif record.aside and grad._version != record.version:
                 raise RuntimeError(
@@ -365,34 +309,3 @@ def as_sources(pending: list[Labelled], device: torch.device) -> list[Source]:
         Source(grad, None if label.scale is None else label.scale.to(device, non_blocking=True), label.loss_id)
         for label, grad in pending
     ]
-
-
-def _grad(param: Tensor) -> Tensor:
-    grad = param.grad
-    if grad is None:
-        raise RuntimeError("the parameter has no gradient")
-    return grad
-
-
-def _is_bucket_view(grad: Tensor) -> bool:
-    """Whether the next backward pass may overwrite this memory (DistributedDataParallel's gradient_as_bucket_view)."""
-    if grad.layout is not torch.strided:
-        return False
-    return grad.untyped_storage().nbytes() > grad.numel() * grad.element_size()
-
-
-def _fold(aside: list[Labelled]) -> list[Labelled]:
-    """Adds up, unscaled and in FP32 at least, the gradients of each loss that waits under several old scales."""
-    folded: dict[int, Labelled] = {}
-    for label, grad in aside:
-        share = grad.to(torch.promote_types(grad.dtype, torch.float32))
-        if label.scale is not None:
-            share = share * label.scale.double().reciprocal().float().to(grad.device)
-        if label.loss_id in folded:
-            kept, total = folded[label.loss_id]
-            total.add_(share)
-        else:
-            kept = Label(label.loss_id, None, counted=True)
-            folded[label.loss_id] = kept, share
-        kept.parts += [part for part in label.parts or [label] if not part.counted]
-    return list(folded.values())

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mpengine import validation
+from mpengine import distributed, validation
 from mpengine.execution import Execution, memory_of
 from mpengine.gradients import parameters
 from mpengine.masters import Entry, arena, same_layout
@@ -44,10 +44,11 @@ def register(optimizer: MixedPrecisionOptimizer, originals: Mapping[Tensor, Tens
             held[param] = torch.full((), int(filled), dtype=torch.int32, device=device)
     mark(optimizer, new)
     if optimizer._family is not None:
-        for group in optimizer.param_groups:
+        for g, group in enumerate(optimizer.param_groups):
             params = [p for p in group["params"] if p in held]
-            _make_slots(optimizer, params, optimizer._family.variant(group))
-            _forget_unfilled(optimizer, params, optimizer._family, optimizer._family.variant(group))
+            rule = _rule(optimizer, g)
+            _make_slots(optimizer, params, rule)
+            _forget_unfilled(optimizer, params, optimizer._family, rule)
             if optimizer._family.counts_steps:
                 _share_counts(optimizer, params)
 
@@ -98,7 +99,7 @@ def entries(optimizer: MixedPrecisionOptimizer) -> dict[int, Entry]:
     found: dict[int, Entry] = {}
     position = 0
     for g, group in enumerate(optimizer.param_groups):
-        rule = _rule(optimizer, group)
+        rule = _rule(optimizer, g)
         for param in group["params"]:
             if param in optimizer._steps:
                 master = optimizer._masters.get(param, param)
@@ -114,8 +115,8 @@ def entries(optimizer: MixedPrecisionOptimizer) -> dict[int, Entry]:
 def is_current(optimizer: MixedPrecisionOptimizer, execution: Execution) -> bool:
     """Whether the tables describe the parameters, their memory, their state and their rules as they are."""
     position = 0
-    for group in optimizer.param_groups:
-        rule = _rule(optimizer, group)
+    for g, group in enumerate(optimizer.param_groups):
+        rule = _rule(optimizer, g)
         for param in group["params"]:
             entry = execution.entries.get(position)
             if entry is None:
@@ -133,8 +134,12 @@ def is_current(optimizer: MixedPrecisionOptimizer, execution: Execution) -> bool
     return all(i < position for i in execution.entries)
 
 
-def _rule(optimizer: MixedPrecisionOptimizer, group: Mapping[str, Any]) -> Rule:
-    return ASSIGN if optimizer._family is None else optimizer._family.variant(group)
+def _rule(optimizer: MixedPrecisionOptimizer, g: int) -> Rule:
+    """The rule of a param group, which a schedule may change."""
+    if optimizer._family is None:
+        return ASSIGN
+    scheduled = optimizer._timetable.rule(g) if optimizer._timetable is not None else None
+    return scheduled or optimizer._family.variant(optimizer.param_groups[g])
 
 
 def check_unmoved(optimizer: MixedPrecisionOptimizer) -> None:
@@ -153,6 +158,24 @@ def _is_foreign(param: Tensor, master: Tensor) -> bool:
     return param.shape != master.shape or param.device != master.device or not low
 
 
+def settled(optimizer: MixedPrecisionOptimizer, param: Tensor) -> Tensor:
+    """The FP32 value that the next step of this parameter starts from, shape and strides of its master.
+
+    The master, if nobody else wrote the parameter. Else, element by element, the master where it still rounds to the
+    parameter, and the parameter elsewhere; a master that was loaded and put aside counts as the master then.
+    """
+    master = optimizer._masters[param].detach()
+    if _is_agreed(optimizer, param):
+        return master
+    aside = optimizer._loaded.get(param)
+    master = master if aside is None else aside
+    return torch.where(master.to(param.dtype) == param, master, param.to(torch.float32))
+
+
+def _is_agreed(optimizer: MixedPrecisionOptimizer, param: Tensor) -> bool:
+    return optimizer._agreed.get(param) == (param._version, *memory_of(param))
+
+
 @torch.no_grad()
 def adopt_outside_changes(optimizer: MixedPrecisionOptimizer, loaded: bool = True) -> None:
     """Where somebody else wrote a parameter, its master follows, element by element.
@@ -167,6 +190,36 @@ def adopt_outside_changes(optimizer: MixedPrecisionOptimizer, loaded: bool = Tru
     for param, master in optimizer._masters.items():
         if not loaded and (param not in optimizer._agreed or _is_foreign(param, master)):
             continue  # and what was changed beyond recognition is for the step to refuse
-        if optimizer._agreed.get(param) != (param._version, *memory_of(param)):
-            master.copy_(torch.where(master.to(param.dtype) == param, master, param.to(torch.float32)))
+        if not _is_agreed(optimizer, param):
+            master.copy_(settled(optimizer, param))
+            if optimizer._loaded.get(param) is not None:
+                del optimizer._loaded[param]
             mark(optimizer, [param])
+    if loaded:
+        optimizer._loaded.clear()
+        distributed.share_masters(optimizer, optimizer._masters)
+
+
+@torch.no_grad()
+def take_weights(optimizer: MixedPrecisionOptimizer, param: Tensor, value: Tensor) -> None:
+    """The master becomes FP32 weights that are about to be loaded into the parameter, rounded."""
+    optimizer._masters[param].copy_(value)
+    optimizer._loaded[param] = None
+    optimizer._agreed[param] = ()  # so that the parameter is looked at, even if it is not written after all
+
+
+@torch.no_grad()
+def take_master(optimizer: MixedPrecisionOptimizer, param: Tensor, value: Tensor) -> None:
+    """The master becomes the one in an optimizer's state, for the next step to settle with the parameter.
+
+    FP32 weights that were loaded before win, whole: the saved master is put aside then, in case that the rounded
+    weights that belong to it are yet to come.
+    """
+    master = optimizer._masters[param]
+    if param in optimizer._loaded and bool((master.to(param.dtype) == param).all()):
+        optimizer._loaded[param] = torch.empty_like(master.detach()).copy_(value)
+        mark(optimizer, [param])
+        return
+    optimizer._loaded.pop(param, None)
+    master.copy_(value)
+    optimizer._agreed.pop(param, None)

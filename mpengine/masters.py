@@ -51,6 +51,13 @@ class Source(NamedTuple):
     loss_id: int
 
 
+class DeviceSchedule(NamedTuple):
+    """Hyperparameters of every step ahead, on the device."""
+
+    plan: Tensor  # int64[layout.SCHEDULE]
+    values: Tensor  # float64[rows, groups, scheduled hyperparameters]
+
+
 class Ballot(NamedTuple):
     """How an optimizer consumes one loss: `layout.ABSENT`, `FRESH` or `STALE`, and the scale behind it."""
 
@@ -135,6 +142,7 @@ class TensorTable:
         stamps: int32[T, L], the attempt at which a loss last overflowed in this tensor; 0: never.
         found: int32[L], the attempt at which a loss last overflowed on this device.
         partials: float64[P], each program's sum of squares of the unscaled gradient.
+        tallies: int32[P, L, layout.TALLY], what each program counts of each loss's scaled gradient; -1 at first.
         counts: int32[layout.COUNTS], steps taken and skipped.
         decision: float32[layout.DECISION].
     """
@@ -169,6 +177,8 @@ class TensorTable:
         self.stamps = torch.zeros(count, num_losses, dtype=torch.int32, device=device)
         self.found = torch.zeros(num_losses, dtype=torch.int32, device=device)
         self.partials = torch.zeros(len(self.inspect_chunks), dtype=torch.float64, device=device)
+        programs = len(self.inspect_chunks)
+        self.tallies = torch.full((programs, num_losses, layout.TALLY), -1, dtype=torch.int32, device=device)
         self.counts = torch.zeros(layout.COUNTS, dtype=torch.int32, device=device)
         self.decision = to_device(np.array([0.0, 1.0, np.nan, 0.0], dtype=np.float32), device)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -9,13 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpengine import checkpoint, general, holdings, validation
+from mpengine import checkpoint, general, holdings, validation, weights
 from mpengine.execution import Execution
 from mpengine.grad_scaler import GradScaler
 from mpengine.gradients import Label, Labelled, parameters
 from mpengine.kernels import layout
 from mpengine.masters import Ballot
 from mpengine.rules import family_of
+from mpengine.tally import Tally
+from mpengine.timetable import Timetable
+from mpengine.unroll import unroll
 
 
 class MixedPrecisionOptimizer(torch.optim.Optimizer):
@@ -44,8 +48,6 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
             has no master.
     """
 
-    _step_supports_amp_scaling = True  # torch.amp.GradScaler then hands us grad_scale and found_inf
-
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
@@ -70,8 +72,10 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
         self._masters: dict[Tensor, Tensor] = {}  # of fp16 and bf16 parameters that are trained
         self._steps: dict[Tensor, Tensor] = {}  # int32, 0-dim; has every parameter that is trained
         self._agreed: dict[Tensor, tuple[Any, ...]] = {}  # parameters' versions and places, see holdings.mark
+        self._loaded: dict[Tensor, Tensor | None] = {}  # by FP32 weights, see holdings.take_master
         self._unscaled: dict[Tensor, Tensor] = {}  # the FP32 gradients that unscale_ put on parameters and masters
         self._counts = [0, 0]
+        self._timetable: Timetable | None = None
         super().__init__([dict(group) for group in optimizer.param_groups], dict(optimizer.defaults))
         self.param_groups = optimizer.param_groups
         self._share_hooks()
@@ -82,6 +86,14 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
         if scaler is not None:
             self._attach(scaler)
         validation.wrappers.add(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Lightning and Fabric wrap an optimizer in an object of its class: our state stays with the optimizer."""
+        held = self.__dict__.get("_optimizer")
+        if isinstance(held, MixedPrecisionOptimizer) and name.startswith("_") and name in held.__dict__:
+            setattr(held, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def _share_hooks(self) -> None:
         """Hooks of the wrapped optimizer are ours; on the general path its own `step()` runs its step hooks."""
@@ -109,6 +121,14 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
     def scaler(self) -> GradScaler | None:
         """The scaler whose scales the gradients carry."""
         return self._scaler
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether `torch.amp.GradScaler` is to hand the step grad_scale and found_inf.
+
+        Lightning and Fabric ask it as well, and do not clip where it is True. With our own scaler `unscale_` works.
+        """
+        return self._scaler is None
 
     def master_params(self) -> Iterator[Tensor]:
         """The FP32 master of every parameter, group by group; an FP32 parameter is its own.
@@ -161,6 +181,8 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
             if self._family is not None and self._family.counts_steps:
                 self.state[param]["step"] = view
         execution.set_counts(self._counts)
+        if self._timetable is not None and self._family is not None:
+            execution.set_schedule(*self._timetable.tables(self._family, self.param_groups))
         return execution
 
     def _keep_counts(self) -> None:
@@ -184,6 +206,8 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
                 that moved or was cast. Nothing has changed then.
             AssertionError: With a scaler: no `scale()` came before, or no parameter has a gradient.
         """
+        if self._timetable is not None:
+            self._timetable.check(self.param_groups)
         self._inner._opt_called = True  # type: ignore[attr-defined]  # schedulers made for the wrapped optimizer ask
         scaler = self._active_scaler()
         if closure is not None and scaler is not None:
@@ -247,8 +271,10 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
         active = [i for i, labelled in enumerate(pending) if labelled]
         grads = {execution.entries[i].param: grad for i, grad in execution.unscaled(active, clipped=True).items()}
         counts = execution.get_counts()
+        table = self._timetable
         try:
-            general.step(self._inner, self.state, {p: self._masters.get(p, p) for p in self._steps}, grads)
+            with contextlib.nullcontext() if table is None else table.applied(self.param_groups, counts[0] - 1):
+                general.step(self._inner, self.state, {p: self._masters.get(p, p) for p in self._steps}, grads)
         except BaseException:
             execution.set_counts([counts[0] - 1, counts[1]])  # not a step, whatever it did to the masters
             raise
@@ -303,6 +329,48 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
         if self._scaler is not None:
             self._scaler._ledger.zeroed(parameters(self))
 
+    def schedule(
+        self, make_scheduler: Callable[[torch.optim.Optimizer], Any] | None, *, steps: int | None = None, start: int = 0
+    ) -> None:
+        """Follows a torch LR scheduler by the steps TAKEN: a skipped step does not advance it, and nothing waits.
+
+        The scheduler is run ahead on a stand-in of this optimizer; its values of every step go to the device, where
+        the step reads the row of the steps taken so far. So a captured CUDA graph follows it too. What it schedules
+        (lr; momentum or betas of the cyclic ones) is no longer read from `param_groups`, which keep the values that
+        the scheduler began from. After loading a checkpoint the schedule goes on by itself, or where it is set again
+        with the same arguments: it is not saved, the steps taken are.
+
+        Args:
+            make_scheduler: From an optimizer to its `torch.optim.lr_scheduler` (or several, stepped in order). None
+                ends the schedule; the values in `param_groups` hold again.
+            steps: How many steps to lay out, at least 1. Beyond them the last row holds.
+            start: The number of steps taken at which the first row applies.
+
+        Raises:
+            TypeError: `make_scheduler` returns no scheduler that can run ahead (`ReduceLROnPlateau`).
+            ValueError: `steps` is missing or below 1, or the scheduler cannot take that many.
+            RuntimeError: Raised by a later `step()` where what is scheduled was set in `param_groups`.
+
+        Example:
+            >>> optimizer.schedule(lambda opt: OneCycleLR(opt, max_lr=0.1, total_steps=1000), steps=1000)
+        """
+        timetable = None
+        if make_scheduler is not None:
+            if steps is None:
+                raise ValueError("schedule needs steps=: how many steps of the scheduler to lay out.")
+            unrolled = unroll(self.param_groups, self.defaults, make_scheduler, steps)
+            timetable = Timetable(unrolled, start, self.param_groups, self._family)
+        self._keep_counts()
+        self._timetable = timetable
+        self._execution = None  # its tables are made anew at the next step
+
+    def scheduled(self) -> list[dict[str, Any]]:
+        """For each param group lr, and what else is scheduled, of the next step. Waits for the device."""
+        now = [{"lr": group["lr"]} for group in self.param_groups]
+        if self._timetable is None:
+            return now
+        return [{**own, **row} for own, row in zip(now, self._timetable.values(self.steps_taken), strict=True)]
+
     # What happened. Each of these waits for the device.
 
     @property
@@ -329,7 +397,18 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
         """Names of the parameters whose gradients were not finite at the last overflow (of this loss)."""
         if self._execution is None:
             return []
-        return [str(self._name_of(self._execution.entries[i].param)) for i in self._execution.overflowed(loss_id)]
+        return [self._name_at(position) for position in self._execution.overflowed(loss_id)]
+
+    def _tally(self, loss_id: int) -> tuple[Tally, dict[str, int]]:
+        """What the step has counted in the gradients of a loss, and by name the elements that overflowed last."""
+        if self._execution is None:
+            return Tally(), {}
+        tally = self._execution.tally(loss_id)
+        return tally, {self._name_at(position): n for position, n in tally.nonfinite.items()}
+
+    def _name_at(self, position: int) -> str:
+        assert self._execution is not None
+        return str(self._name_of(self._execution.entries[position].param))
 
     def _name_of(self, param: Tensor) -> str | None:
         if param in self._names:
@@ -357,16 +436,41 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
         """Loads a state of this class, or of the wrapped class in torch.optim's format.
 
         FP32 tensors stay FP32. Model and optimizer may be loaded in either order: at the next step a master stays
-        where it rounds to the parameter's value, and takes the parameter's value elsewhere.
+        where it rounds to the parameter's value, and takes the parameter's value elsewhere. FP32 weights that the
+        model loads are masters themselves, and win over those of the state. `steps_taken` is the saved one, or the
+        largest step of a state that torch.optim saved.
 
         Raises:
+            TypeError: It is no dict.
             ValueError: The state has other groups, parameters, tensors or shapes; nothing is changed.
         """
         checkpoint.load(self, state_dict)
 
+    def torch_state_dict(self) -> dict[str, Any]:
+        """`state_dict` without masters and mpengine's own entries, for a plain optimizer on FP32 weights."""
+        return checkpoint.plain(self.state_dict())
+
+    def fp32_state_dict(self, model: torch.nn.Module) -> dict[str, Any]:
+        """`model.state_dict()` at master precision, for export: loaded into the FP32 model, it is the masters' bits.
+
+        Every fp16 or bf16 parameter is replaced by its master, whichever wrapper holds it (of several optimizers one
+        call gives the whole model); one that has none, and every such buffer, is widened. All are copies, and what is
+        tied stays tied.
+
+        Args:
+            model: What `prepare` was given, a part of it, or what wraps it (then keys bear the wrapper's prefix).
+
+        Raises:
+            TypeError: `model` is no module.
+            ValueError: It has none of this optimizer's parameters.
+            RuntimeError: A parameter moved, or was cast, since it was wrapped.
+        """
+        return weights.export(self, model)
+
     def __getstate__(self) -> dict[str, Any]:
+        holdings.adopt_outside_changes(self, loaded=False)
         self._keep_counts()
-        kept = ["_inner", "_scaler", "_masters", "_steps", "_names", "_counts", "_max_grad_norm"]
+        kept = ["_inner", "_scaler", "_masters", "_steps", "_names", "_counts", "_max_grad_norm", "_timetable"]
         kept += ["defaults", "state", "param_groups"]
         return {name: self.__dict__[name] for name in kept}
 
@@ -378,6 +482,7 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
         self._execution = None
         self._unscaled = {}
         self._agreed = {}
+        self._loaded = {}
         if self._scaler is not None:
             self._scaler.watch(self)
         validation.wrappers.add(self)

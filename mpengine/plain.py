@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 from mpengine.gradients import Label, Labelled, parameters
 from mpengine.kernels import layout
 from mpengine.masters import Ballot
+from mpengine.tally import Tally
 
 
 @torch.no_grad()
@@ -58,6 +61,7 @@ def unscale(
                 total = total + grad
             param.grad = total
     _check_results(optimizer, found, ballots, pending)
+    _agree(optimizer, found)
     overflowed = sum((each.to(votes.device) for each in found.values()), torch.zeros_like(votes[:, 0]))
     cast_votes(votes, ballots, overflowed != 0)
     return {device: each.sum() for device, each in found.items()}
@@ -85,6 +89,18 @@ def _check_results(
             found[device][k] += unexplained
 
 
+def _agree(optimizer: torch.optim.Optimizer, found: dict[torch.device, Tensor]) -> None:
+    """All ranks get one verdict where the parameters are sharded over several meshes.
+
+    The call above has reduced it over the mesh of the first gradient alone.
+    """
+    meshes = {param.device_mesh: None for param in parameters(optimizer) if hasattr(param, "device_mesh")}
+    for mesh in meshes if len(meshes) > 1 else ():
+        for dim in range(mesh.ndim):
+            for each in found.values():
+                torch.distributed.all_reduce(each, torch.distributed.ReduceOp.MAX, group=mesh.get_group(dim))
+
+
 def _may_overflow(labelled: list[Labelled]) -> bool:
     scale = labelled[0][0].scale
     return scale is not None and (scale.device.type != "cpu" or float(scale) < 1.0)
@@ -105,19 +121,77 @@ def step(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """Steps, unless a gradient overflowed; a fused optimizer decides on the device, for others this is one sync."""
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
+    """Steps, unless a gradient overflowed; a fused optimizer decides on the device, for others this is one sync.
+
+    A fused SGD with dampening decides on the host until it has its first momentum buffers.
+    """
+    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+    buffers_to_come = _first_buffers(optimizer)
+    if fused and all(group["dampening"] == 0 for group, _ in buffers_to_come):
         first, *others = found_inf.values()
         total = sum((other.to(first.device, non_blocking=True) for other in others), first)
+        overflow = total != 0
         optimizer.grad_scale = getattr(optimizer, "grad_scale", None)  # type: ignore[attr-defined]
-        optimizer.found_inf = (total != 0).float()  # type: ignore[attr-defined]  # torch's kernels test == 1
+        optimizer.found_inf = overflow.float()  # type: ignore[attr-defined]  # torch's kernels test == 1
         try:
             return optimizer.step(*args, **kwargs)
         finally:
             del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
-    if any(found.item() != 0 for found in found_inf.values()):
-        return None
-    return optimizer.step(*args, **kwargs)
+            _clear_where(overflow, optimizer, buffers_to_come)
+    try:
+        if any(found.item() != 0 for found in found_inf.values()):
+            optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers ask: it was its turn, and skipped
+            return None
+        return optimizer.step(*args, **kwargs)
+    finally:
+        if fused:
+            optimizer.__dict__.pop("grad_scale", None)  # a preset one is for one step
+
+
+def asks_for_scaler(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its `step` takes the scaler itself: torch's older, deprecated contract with fused optimizers."""
+    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+    return fused and "grad_scaler" in inspect.signature(optimizer.step).parameters
+
+
+def step_with_scaler(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Steps an optimizer that unscales and skips by itself, with torch's warning."""
+    warnings.warn(
+        "GradScaler is going to stop passing itself as a keyword argument to the passed optimizer: read "
+        "`found_inf` and `grad_scale` (None: the gradients are unscaled), which are set on the optimizer in `step`.",
+        FutureWarning,
+        stacklevel=3,
+    )
+    return optimizer.step(*args, **{**kwargs, "grad_scaler": scaler})
+
+
+def _first_buffers(optimizer: torch.optim.Optimizer) -> list[tuple[dict[str, Any], Tensor]]:
+    """The (group, parameter) pairs whose momentum buffer the next step of a fused SGD makes.
+
+    It allocates them before its kernel looks at found_inf, and takes what lies there for momentum ever after. Zeros are
+    the right momentum before a first step, except with dampening: the first step does not dampen, the others do.
+    """
+    if not isinstance(optimizer, torch.optim.SGD):
+        return []
+    return [
+        (group, param)
+        for group in optimizer.param_groups
+        if group["fused"] and group["momentum"] != 0
+        for param in group["params"]
+        if param.grad is not None and optimizer.state.get(param, {}).get("momentum_buffer") is None
+    ]
+
+
+def _clear_where(
+    overflow: Tensor, optimizer: torch.optim.Optimizer, fresh: list[tuple[dict[str, Any], Tensor]]
+) -> None:
+    """Zeros, without a sync, in the momentum buffers that a skipped step has left uninitialised."""
+    for _, param in fresh:
+        buffer = optimizer.state.get(param, {}).get("momentum_buffer")
+        if buffer is not None:
+            buffer.masked_fill_(overflow.to(buffer.device, non_blocking=True), 0.0)
 
 
 def name_of(optimizer: torch.optim.Optimizer, param: Tensor) -> str | None:
@@ -129,11 +203,13 @@ def name_of(optimizer: torch.optim.Optimizer, param: Tensor) -> str | None:
     return None
 
 
-def overflowed_parameters(optimizer: torch.optim.Optimizer) -> list[str]:
-    """Names of the parameters whose gradient is not finite now."""
-    return [
-        str(name_of(optimizer, param))
-        for param in parameters(optimizer)
-        if param.grad is not None
-        and not bool(torch.isfinite(param.grad._values() if param.grad.is_sparse else param.grad).all())
-    ]
+def tally(optimizer: torch.optim.Optimizer) -> tuple[Tally, dict[str, int]]:
+    """What can be said of a plain optimizer's gradients: by name, how many elements are not finite now."""
+    found: dict[str, int] = {}
+    for param in parameters(optimizer):
+        if param.grad is not None:
+            values = param.grad._values() if param.grad.is_sparse else param.grad
+            count = int((~torch.isfinite(values)).sum())
+            if count:
+                found[str(name_of(optimizer, param))] = count
+    return Tally(), found

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpengine import distributed, weights
 from mpengine.grad_scaler import GradScaler
 from mpengine.gradients import parameters
 from mpengine.optimizer import MixedPrecisionOptimizer
@@ -46,7 +47,8 @@ def prepare(
 
     Parameter objects keep their identity. Normalisation layers stay FP32, buffers included, and take and return the
     activations' dtype. Other buffers are cast where that changes no value. Weights that are trained by no optimizer
-    are cast too; weights that another optimizer will train stay FP32 until that one is prepared.
+    are cast too; weights that another optimizer will train stay FP32 until that one is prepared. FP32 weights that
+    `load_state_dict` brings later reach the masters as they are.
 
     Args:
         model: On its final device.
@@ -63,7 +65,8 @@ def prepare(
     Raises:
         TypeError: `optimizer` cannot be wrapped, or `model` is no module.
         ValueError: The optimizer has no parameters, holds one that the model does not own or that is wrapped
-            already; `dtype` is another; a weight does not fit into it. Nothing is changed then.
+            already; the model is in DistributedDataParallel; `dtype` is another; a weight does not fit into it. Nothing
+            is changed then.
 
     Example:
         >>> scaler = mpengine.GradScaler()
@@ -73,6 +76,12 @@ def prepare(
         raise TypeError(f"model is a {type(model).__name__}; give the torch.nn.Module whose weights are to be cast.")
     if dtype not in _LOW:
         raise ValueError(f"dtype is {dtype}; it must be torch.float16 or torch.bfloat16.")
+    if distributed.wraps(model):
+        raise ValueError(
+            "model is in DistributedDataParallel already, which would no longer average the gradients of weights that "
+            "are cast now. Prepare first, wrap then: optimizer = prepare(model, ...); model = "
+            "DistributedDataParallel(model)."
+        )
     names: dict[Tensor, str] = {param: name for name, param in model.named_parameters(remove_duplicate=False)}
     check_wrappable(optimizer, names)
     strangers = [i for i, param in enumerate(parameters(optimizer)) if param not in names]
@@ -104,6 +113,7 @@ def prepare(
     for module in kept:
         if not isinstance(module, _BATCH_NORMS) and _has_float32(module, below=module in chosen):
             _compute_in_float32(module, dtype)
+    weights.watch(model)
     return wrapper
 
 
@@ -149,13 +159,8 @@ def _is_exact_in(buffer: Tensor, dtype: torch.dtype) -> bool:
     return bool(((buffer.to(dtype) == buffer) | buffer.isnan()).all())
 
 
-def _fits(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether no finite value becomes infinite."""
-    return bool((torch.isfinite(tensor.detach().to(dtype)) | ~torch.isfinite(tensor)).all())
-
-
 def _check_fits(param: Tensor, name: str, dtype: torch.dtype) -> None:
-    if not _fits(param, dtype):
+    if not weights.fits(param, dtype):
         raise ValueError(
             f"parameter '{name}' holds {float(param.detach().abs().max()):g}, beyond {dtype}'s largest number "
             f"({torch.finfo(dtype).max:g}); keep its module in FP32: keep_fp32=['{name.rpartition('.')[0]}']."

@@ -28,52 +28,85 @@ import torch
 from torch import Tensor
 
 from mpengine.kernels import layout
-from mpengine.masters import Source, SourceTable, TensorTable, flat
+from mpengine.masters import DeviceSchedule, Source, SourceTable, TensorTable, flat
 from mpengine.rules import Family, Rule
 from mpengine.scaling import ScalePolicy, ScaleState, Vote, next_state
 
-BLOCK = 65536  # elements: the temporaries of a block (about 2 MB) stay in the cache
+BLOCK = 4 * layout.INSPECT_CHUNK  # elements: the temporaries of a block (about 2 MB) stay in the cache
+_INFINITY_BITS = int(np.float32(np.inf).view(np.int32))
 
 
 @torch.no_grad()
 def inspect(table: TensorTable, sources: SourceTable) -> None:
-    """Reads every pending gradient once; writes `table.stamps`, `table.found` and `table.partials`.
+    """Reads every pending gradient once; writes `table.stamps`, `.found`, `.partials` and `.tallies`.
 
     A loss is marked with the number of this attempt, in the tensor and overall, where one of its unscaled
     gradients is inf or NaN (a product that overflows counts). Where only the sum of several losses overflows, all
     of them are marked. `partials` get the sum of squares (each rounded to FP32, added in float64) of the unscaled
-    total; here the first program of a tensor holds all of its sum.
+    total; here the first program of a tensor holds all of its sum. `tallies` count the elements of each scaled
+    gradient that are zero or subnormal, find the largest unscaled one, and where a loss overflowed, count that.
     """
     attempt = int(table.counts.sum()) + 1
     table.partials.zero_()
+    tallies = table.tallies.numpy()
     first = 0
     for i, entry in enumerate(table.entries):
         pending = sources.entries[i]
         square_sum = 0.0
-        for total, shares in _unscaled_blocks(pending):
+        for b, (total, shares) in enumerate(_unscaled_blocks(pending)):
+            here = first + b * (BLOCK // layout.INSPECT_CHUNK)  # the first of this block's programs
+            for source in pending:
+                if source.scale is not None:
+                    _tally(tallies[here:, source.loss_id], flat(source.grad)[b * BLOCK : (b + 1) * BLOCK], source)
             block_sum = float((total * total).sum(dtype=torch.float64))
             square_sum += block_sum
             if not math.isfinite(block_sum):  # an overflow, or only a square beyond FP32
-                _stamp(table, i, attempt, total, shares, pending)
+                _stamp(table, i, here, attempt, total, shares, pending)
         programs = -(-entry.param.numel() // layout.INSPECT_CHUNK)
         if programs:
             table.partials[first] = square_sum
         first += programs
 
 
+def _tally(cells: np.ndarray, grad: Tensor, source: Source) -> None:
+    """Counts a block of a scaled gradient, chunk by chunk; `cells` are int32[programs, layout.TALLY].
+
+    Bits without the sign are ordered as magnitudes are, with the subnormal ones below the smallest normal number's.
+    """
+    bits = grad.view(torch.int32 if grad.dtype == torch.float32 else torch.int16).numpy()
+    magnitudes = bits & np.iinfo(bits.dtype).max
+    largest = []
+    for p, start in enumerate(range(0, len(magnitudes), layout.INSPECT_CHUNK)):
+        chunk = magnitudes[start : start + layout.INSPECT_CHUNK]
+        cells[p, layout.SMALL] = np.count_nonzero(chunk < _SMALLEST_NORMAL[grad.dtype])
+        largest.append(chunk.max())
+    values = torch.from_numpy(np.array(largest)).view(grad.dtype).float() * inverse(source.scale)
+    cells[: len(largest), layout.LARGEST] = values.numpy().view(np.int32)
+
+
+_SMALLEST_NORMAL = {torch.float16: 1 << 10, torch.bfloat16: 1 << 7, torch.float32: 1 << 23}  # bits
+
+
 def _stamp(
-    table: TensorTable, i: int, attempt: int, total: Tensor, shares: list[Tensor], pending: Sequence[Source]
+    table: TensorTable, i: int, here: int, attempt: int, total: Tensor, shares: list[Tensor], pending: Sequence[Source]
 ) -> None:
-    finite = [torch.isfinite(x) for x in shares]
-    guilty = {source.loss_id for source, ok in zip(pending, finite, strict=True) if not bool(ok.all())}
-    innocent_sum = ~torch.isfinite(total)
-    for ok in finite:
-        innocent_sum &= ok
-    if bool(innocent_sum.any()):
-        guilty |= {source.loss_id for source in pending}
-    for loss_id in guilty:
-        table.stamps[i, loss_id] = attempt
-        table.found[loss_id] = attempt
+    overflowed = [~torch.isfinite(x) for x in shares]
+    only_the_sum = ~torch.isfinite(total)
+    for bad in overflowed:
+        only_the_sum &= ~bad
+    for source, bad in zip(pending, overflowed, strict=True):
+        bad |= only_the_sum
+        if not bool(bad.any()):
+            continue
+        table.stamps[i, source.loss_id] = attempt
+        table.found[source.loss_id] = attempt
+        for p, chunk in enumerate(bad.split(layout.INSPECT_CHUNK)):
+            count = int(chunk.sum())
+            if count and source.scale is not None:
+                cell = table.tallies[here + p, source.loss_id]
+                cell[layout.LARGEST] = _INFINITY_BITS
+                cell[layout.NONFINITE] = count
+                cell[layout.ATTEMPT] = attempt
 
 
 def decide(
@@ -86,6 +119,7 @@ def decide(
     family: Family | None,
     found_inf: Tensor | None = None,
     votes: Tensor | None = None,
+    schedule: DeviceSchedule | None = None,
 ) -> None:
     """Decides about the step; writes `decision`, `counts`, and where it is taken `steps` and `scalars` of `table`.
 
@@ -106,6 +140,7 @@ def decide(
         family: Gives the scalars; None leaves them alone.
         found_inf: float32, one element: a verdict from outside (`torch.amp.GradScaler`'s).
         votes: float32[L, layout.VOTE], written for the scaler unless None.
+        schedule: Replaces some of the hyperparameters by those of the steps taken.
     """
     attempt = int(table.counts.sum()) + 1
     overflowed = (found == attempt).any(dim=0).tolist()
@@ -123,7 +158,10 @@ def decide(
         table.steps += active
         if family is not None:
             groups = [entry.group for entry in table.entries]
-            rows = hyper.numpy()[groups]
+            now = (
+                hyper.numpy() if schedule is None else _scheduled(hyper, schedule, int(table.counts[layout.TAKEN]) - 1)
+            )
+            rows = now[groups]
             steps = np.maximum(table.steps.numpy(), 1)  # a tensor that has never stepped: 0 would divide by 0
             columns = SCALAR_FUNCTIONS[family.name](rows.T, steps)
             for column, values in enumerate(columns):
@@ -132,6 +170,17 @@ def decide(
         for loss_id, ballot in enumerate(sources.ballots):
             votes[loss_id, 0] = _outcome(ballot.kind, overflowed[loss_id] or outside)
             votes[loss_id, 1] = ballot.scale if ballot.scale is not None else 0.0
+
+
+def _scheduled(hyper: Tensor, schedule: DeviceSchedule, taken: int) -> np.ndarray:
+    """The hyperparameters of each group after `taken` steps."""
+    plan = schedule.plan.tolist()
+    row = max(min(taken - plan[layout.SCHEDULE_START], plan[layout.SCHEDULE_ROWS] - 1), 0)
+    now = hyper.numpy().copy()
+    for j, column in enumerate(plan[layout.SCHEDULE_COLUMN :]):
+        if column >= 0:
+            now[:, j] = schedule.values[row, :, column].numpy()
+    return now
 
 
 def _outcome(kind: int, overflow: bool) -> int:
@@ -211,8 +260,11 @@ def _unscaled_blocks(pending: Sequence[Source]) -> Iterator[tuple[Tensor, list[T
 
 
 def inverse(scale: Tensor | None) -> float:
-    """float32(1 / float64(scale)), as `torch.amp.GradScaler` computes it."""
-    return 1.0 if scale is None else float(np.float32(1.0 / float(scale)))
+    """float32(1 / float64(scale)), as `torch.amp.GradScaler` computes it; inf at its scales below 2^-128."""
+    if scale is None:
+        return 1.0
+    with np.errstate(over="ignore", divide="ignore"):
+        return float(np.float32(np.float64(1.0) / float(scale)))
 
 
 def sqrt_rn(x: Tensor) -> Tensor:

@@ -95,9 +95,6 @@ _FAMILIES: dict[type[torch.optim.Optimizer], Family] = {
 def family_of(optimizer: torch.optim.Optimizer) -> Family | None:
     """The family that steps `optimizer` in the fused kernel, or None for the general path.
 
-    Only the very classes above: a subclass may have a step of its own. `differentiable=True` asks for a step
-    that autograd records, which a fused step is not.
+    Only the very classes above: a subclass may have a step of its own.
     """
-    if any(group.get("differentiable") for group in optimizer.param_groups):
-        return None
     return _FAMILIES.get(type(optimizer))

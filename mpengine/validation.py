@@ -32,6 +32,11 @@ def check_wrappable(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str
             "SparseAdam steps sparse gradients, which fp16 parameters cannot have here; use Adam with dense ones "
             "(nn.Embedding(sparse=False)), or keep SparseAdam with FP32 parameters."
         )
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        raise TypeError(
+            f"this {type(optimizer).__name__} has differentiable=True: autograd would have to record its step, which "
+            "changes masters that are no part of any graph; leave differentiable at False."
+        )
     params = list(parameters(optimizer))
     if not params:
         raise ValueError(f"this {type(optimizer).__name__} has no parameters; give it model.parameters().")
@@ -48,6 +53,11 @@ def check_param(param: Any, name: str) -> None:
     """Raises TypeError or ValueError where a parameter can have no master."""
     if not isinstance(param, Tensor):
         raise TypeError(f"{name} is a {type(param).__name__}, not a Tensor.")
+    if hasattr(param, "device_mesh"):
+        raise ValueError(
+            f"{name} is a DTensor, sharded over several processes, and masters are not sharded yet; step it with the "
+            "torch optimizer as it is, under mpengine.GradScaler."
+        )
     if param.dtype not in KINDS:
         raise ValueError(f"{name} is {param.dtype}; mpengine trains float16, bfloat16 and float32: cast it first.")
     if param.layout is not torch.strided or not is_dense(param):

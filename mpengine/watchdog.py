@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mpengine.kernels import layout
+from mpengine.report import LossReport
 
 
 class LossScaleCollapse(RuntimeError):
@@ -17,11 +18,16 @@ class LossScaleCollapse(RuntimeError):
     Attributes:
         loss_id: The loss.
         scale: Its scale when this was noticed.
+        skips: How many times in a row it has overflowed.
         parameters: Names of the parameters whose gradients overflowed last.
+        report: All that is known about the loss; None where nobody asked.
     """
 
-    def __init__(self, loss_id: int, scale: float, skips: int, parameters: Sequence[str]) -> None:
+    def __init__(
+        self, loss_id: int, scale: float, skips: int, parameters: Sequence[str], report: LossReport | None = None
+    ) -> None:
         self.loss_id, self.scale, self.skips, self.parameters = loss_id, scale, skips, list(parameters)
+        self.report = report
         shown = ", ".join(self.parameters[:8]) or "unknown"
         more = f" and {len(self.parameters) - 8} more" if len(self.parameters) > 8 else ""
         super().__init__(
@@ -33,7 +39,7 @@ class LossScaleCollapse(RuntimeError):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.loss_id, self.scale, self.skips, self.parameters)
+        return type(self), (self.loss_id, self.scale, self.skips, self.parameters, self.report)
 
 
 class Watchdog:
@@ -53,12 +59,12 @@ class Watchdog:
         self._arrived: torch.cuda.Event | None = None
         self._host: Tensor | None = None
 
-    def look(self, counters: Tensor, scales: Tensor | None, names_of: Callable[[int], list[str]]) -> None:
-        """Judges int32[L, layout.COUNTERS]; `scales` and `names_of(loss_id)` are read only to raise."""
+    def look(self, counters: Tensor, report_of: Callable[[int], LossReport]) -> None:
+        """Judges int32[L, layout.COUNTERS]; `report_of(loss_id)` is called only to raise."""
         if self.limit is None:
             return
         if counters.device.type != "cuda":
-            self._judge(counters, scales, names_of)
+            self._judge(counters, report_of)
             return
         if torch.cuda.is_current_stream_capturing():
             return
@@ -66,22 +72,22 @@ class Watchdog:
             if not self._arrived.query():
                 return
             assert self._host is not None
-            self._judge(self._host, scales, names_of)
+            self._judge(self._host, report_of)
         if self._host is None:
             self._host = torch.empty(counters.shape, dtype=counters.dtype, pin_memory=True)
         self._host.copy_(counters, non_blocking=True)
         self._arrived = torch.cuda.Event()
         self._arrived.record(torch.cuda.current_stream(counters.device))
 
-    def _judge(self, counters: Tensor, scales: Tensor | None, names_of: Callable[[int], list[str]]) -> None:
+    def _judge(self, counters: Tensor, report_of: Callable[[int], LossReport]) -> None:
         assert self.limit is not None
         for loss_id, row in enumerate(counters.tolist()):
             skips, overflows = row[layout.CONSECUTIVE_OVERFLOWS], row[layout.OVERFLOWS]
             if skips >= self.limit and self._told.get(loss_id) != overflows:
                 self.forget()
                 self._told[loss_id] = overflows
-                scale = float("nan") if scales is None else float(scales[loss_id])
-                raise LossScaleCollapse(loss_id, scale, skips, names_of(loss_id))
+                report = report_of(loss_id)
+                raise LossScaleCollapse(loss_id, report.scale, skips, list(report.overflowed), report)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"limit": self.limit}

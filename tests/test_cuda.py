@@ -127,6 +127,71 @@ def test_an_iteration_in_a_cuda_graph_equals_the_eager_one():
         assert torch.equal(eager, replayed)
 
 
+def test_a_captured_graph_follows_a_schedule_by_the_steps_taken():
+    x, y = batch()
+    results = []
+    for captured in (False, True):
+        model, scaler = network(), mpengine.GradScaler(num_losses=2, growth_interval=2)
+        optimizer = mpengine.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2), scaler)
+        optimizer.schedule(lambda opt: torch.optim.lr_scheduler.OneCycleLR(opt, 0.1, total_steps=40), steps=40)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                iteration(model, optimizer, scaler, x, y)
+        torch.cuda.current_stream().wait_stream(stream)
+        run = iteration
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                iteration(model, optimizer, scaler, x, y)
+            run = lambda *_, graph=graph: graph.replay()  # noqa: E731
+        seen = []
+        for _ in range(30):
+            run(model, optimizer, scaler, x, y)
+            seen.append((optimizer.steps_taken, optimizer.scheduled()))
+        results.append((seen, [p.detach().clone() for p in model.parameters()]))
+    assert results[0][0] == results[1][0]
+    assert results[0][0][-1][0] < 33  # some of them were skipped
+    for eager, replayed in zip(results[0][1], results[1][1], strict=True):
+        assert torch.equal(eager, replayed)
+
+
+def test_a_scheduled_iteration_never_waits_for_the_device():
+    model, scaler = network(), mpengine.GradScaler(num_losses=2)
+    optimizer = mpengine.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), scaler)
+    optimizer.schedule(lambda opt: torch.optim.lr_scheduler.OneCycleLR(opt, 0.1, total_steps=40), steps=40)
+    x, y = batch()
+    iteration(model, optimizer, scaler, x, y)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            iteration(model, optimizer, scaler, x, y)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert optimizer.scheduled()[0]["momentum"] < 0.95
+
+
+def test_the_report_is_the_cpus():
+    reports = {}
+    for device in ("cpu", "cuda"):
+        model, scaler = network(device), mpengine.GradScaler(device)
+        optimizer = mpengine.prepare(model, torch.optim.AdamW(model.parameters()), scaler)
+        generator = torch.Generator().manual_seed(1)
+        scaler.scale(torch.ones((), device=device, requires_grad=True))
+        for spoilt in (True, False):
+            for param in model.parameters():
+                gradient = torch.randn(param.shape, generator=generator) * 1e-4
+                gradient.flatten()[0] = torch.inf if spoilt else 1.0
+                param.grad = gradient.to(device, param.dtype)
+            scaler.step(optimizer)
+            scaler.update()
+        reports[device] = scaler.report()
+    assert reports["cuda"] == reports["cpu"]
+    assert 0.1 < reports["cpu"][0].underflow < 0.9
+
+
 def test_a_collapse_is_noticed_from_the_read_back():
     model, scaler = network(), mpengine.GradScaler(max_consecutive_skips=5)
     optimizer = mpengine.prepare(model, torch.optim.AdamW(model.parameters()), scaler)

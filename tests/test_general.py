@@ -232,4 +232,9 @@ def test_the_fused_optimizers_do_not_come_here():
         assert MixedPrecisionOptimizer(FUSED[name](parameters()))._family is not None
     for name in GENERAL:
         assert MixedPrecisionOptimizer(GENERAL[name](parameters()))._family is None
-    assert MixedPrecisionOptimizer(torch.optim.Adam(parameters(), differentiable=True))._family is None
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.RMSprop])
+def test_a_differentiable_step_is_refused(make):
+    with pytest.raises(TypeError, match=f"{make.__name__} has differentiable=True"):
+        MixedPrecisionOptimizer(make(parameters(), differentiable=True))

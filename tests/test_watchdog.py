@@ -10,6 +10,7 @@ from torch import nn
 import mpengine
 from mpengine import GradScaler, LossScaleCollapse
 from mpengine.kernels import layout
+from mpengine.report import LossReport
 from mpengine.watchdog import Watchdog
 
 INF = float("inf")
@@ -200,19 +201,20 @@ class TestLook:
         watchdog = Watchdog(5)
         asked = []
 
-        def names_of(loss_id):
+        def report_of(loss_id):
             asked.append(loss_id)
-            return ["somebody"]
+            return LossReport(loss_id, 0.25, 0, 9, 0, {"somebody": 3})
 
         if guilty is None:
-            watchdog.look(counters(*streaks), torch.ones(2), names_of)
+            watchdog.look(counters(*streaks), report_of)
         else:
-            with pytest.raises(LossScaleCollapse, match=f"loss {guilty} .*somebody"):
-                watchdog.look(counters(*streaks), torch.ones(2), names_of)
+            with pytest.raises(LossScaleCollapse, match=f"loss {guilty} .*0.25 .*somebody") as caught:
+                watchdog.look(counters(*streaks), report_of)
+            assert caught.value.report == report_of(asked.pop())
         assert asked == ([] if guilty is None else [guilty])
 
     def test_off(self):
-        Watchdog(None).look(counters(10**6), torch.ones(1), lambda k: [])
+        Watchdog(None).look(counters(10**6), lambda k: pytest.fail("nobody asked"))
 
     def test_a_sabotaged_limit_is_noticed(self, monkeypatch):
         judge = Watchdog._judge

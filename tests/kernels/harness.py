@@ -23,7 +23,7 @@ PAD = 64  # sentinel elements on either side: 128 bytes at least, so that buffer
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 SENTINEL = -77
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_TABLE_BUFFERS = ("steps", "scalars", "stamps", "found", "partials", "counts", "decision")
+_TABLE_BUFFERS = ("steps", "scalars", "stamps", "found", "partials", "tallies", "counts", "decision")
 
 
 @dataclass(frozen=True)

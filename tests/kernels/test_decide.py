@@ -5,6 +5,7 @@ import torch
 
 from mpengine import reference, rules
 from mpengine.kernels import launch, layout
+from mpengine.masters import DeviceSchedule
 from tests.kernels.harness import (
     DEVICE,
     Grad,
@@ -22,12 +23,14 @@ NAN = float("nan")
 CPU = torch.device("cpu")
 
 
-def decide_both(problem, found=None, partials=None, family="own", votes=True):
+def decide_both(problem, found=None, partials=None, family="own", votes=True, schedule=None, taken=0):
     """Reference and kernel on a problem whose gradients were inspected; `found` and `partials` may replace theirs."""
     expected, actual = build(problem, CPU), build(problem, DEVICE)
     for world, module in ((expected, reference), (actual, launch)):
+        world.table.counts[layout.TAKEN] = taken
         run_inspect(world, module)
         table = world.table
+        on_device = None if schedule is None else DeviceSchedule(*(t.to(table.found.device) for t in schedule))
         module.decide(
             table,
             world.sources,
@@ -38,6 +41,7 @@ def decide_both(problem, found=None, partials=None, family="own", votes=True):
             world.family if family == "own" else family,
             world.found_inf,
             world.votes if votes else None,
+            on_device,
         )
     assert_same_partials(expected, actual)
     assert_same_decision(expected, actual)
@@ -130,6 +134,49 @@ def test_equal_gradients_have_equal_norms_in_every_run():
     problem = Problem((Spec((50000,)),), max_norm=1.0)
     first, second = (decide_both(problem).decision for _ in range(2))
     assert torch.equal(first, second)
+
+
+def schedule_of(columns, rows, groups, start=0):
+    """Random values for these hyperparameters, in the order given."""
+    generator = torch.Generator().manual_seed(len(columns))
+    plan = torch.full((layout.SCHEDULE,), -1, dtype=torch.int64)
+    plan[:4] = torch.tensor([rows, start, len(columns), groups])
+    for place, column in enumerate(columns):
+        plan[layout.SCHEDULE_COLUMN + column] = place
+    return DeviceSchedule(plan, torch.rand(rows, groups, len(columns), generator=generator, dtype=torch.float64))
+
+
+SCHEDULED = Problem(
+    tuple(Spec((3,), grads=(Grad(),) if i else (), group=i % 3) for i in range(7)),
+    torch.optim.AdamW,
+    ({}, {"lr": 0.5, "betas": (0.5, 0.9)}, {"lr": 2.0}),
+)
+
+
+@pytest.mark.parametrize("columns", [(0,), (0, 1), (2, 0), (4,), ()], ids=str)
+@pytest.mark.parametrize(("taken", "row"), [(0, 0), (3, 3), (4, 4), (5, 4), (2**31 - 3, 4)])
+def test_a_schedule_gives_the_row_of_the_steps_taken(columns, taken, row):
+    schedule = schedule_of(columns, rows=5, groups=3)
+    table = decide_both(SCHEDULED, schedule=schedule, taken=taken)
+    assert table.counts.tolist() == [taken + 1, 0]
+    if columns == (0,):  # lr / bias_correction1 of a tensor in its first step, group 2
+        lr = schedule.values[row, 2, 0]
+        assert float(table.scalars[2, 7]) == pytest.approx(float(lr / (1 - 0.9)), rel=1e-6)
+
+
+@pytest.mark.parametrize(("start", "row"), [(0, 7), (7, 0), (9, 0), (3, 4), (-100, 4), (2**40, 0), (-(2**40), 4)])
+def test_a_schedule_may_begin_at_any_step(start, row):
+    schedule = schedule_of((0,), rows=5, groups=3, start=start)
+    table = decide_both(SCHEDULED, schedule=schedule, taken=7)
+    lr = schedule.values[min(row, 4), 1, 0]
+    assert float(table.scalars[1, 7]) == pytest.approx(float(lr / (1 - 0.5)), rel=1e-6)
+
+
+def test_a_skipped_step_leaves_the_row_to_the_next():
+    schedule = schedule_of((0,), rows=5, groups=3)
+    problem = SCHEDULED.with_spikes(1, 0, (2, NAN))
+    table = decide_both(problem, schedule=schedule, taken=2)
+    assert table.counts.tolist() == [2, 1]
 
 
 def test_a_family_by_its_name_alone():

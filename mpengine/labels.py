@@ -1,0 +1,141 @@
+"""Labels of gradients: which loss made a gradient, at which value of its scale; and what is pending on a parameter."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mpengine import distributed
+
+
+class Label:
+    """One value of one loss's scale.
+
+    Attributes:
+        loss_id: The loss.
+        scale: float32, 0-dim: the scale that scaled the gradients under this label. The scaler moves it to a copy
+            before the value changes. None: the gradients are unscaled already.
+        parts: The uncounted labels that were folded into this one, which is counted when they are.
+    """
+
+    def __init__(self, loss_id: int, scale: Tensor | None, counted: bool = False) -> None:
+        self.loss_id = loss_id
+        self.scale = scale
+        self.parts: list[Label] = []
+        self._counted = counted
+        self._again: Label | None = None
+
+    @property
+    def counted(self) -> bool:
+        """Whether an `update()` has dealt with this backward pass already."""
+        return all(part.counted for part in self.parts) if self.parts else self._counted
+
+    @counted.setter
+    def counted(self, value: bool) -> None:
+        self._counted = value
+        for part in self.parts:
+            part.counted = value
+
+    def of_pass(self) -> Label:
+        """The label of a pass that begins now: this one, or where an `update()` has dealt with it, another like it."""
+        if not self.counted:
+            return self
+        if self._again is None or self._again.counted:
+            assert self.scale is not None
+            self._again = Label(self.loss_id, self.scale.clone())
+        return self._again
+
+
+Labelled = tuple[Label, Tensor]
+
+
+ZEROS = Label(0, None, counted=True)
+UNSCALED = Label(0, None, counted=True)
+
+
+class Record:
+    """What is known about one parameter's gradients: the label of `.grad`, and those set aside."""
+
+    __slots__ = ("aside", "grad", "label", "local", "local_aside", "param", "spent", "version")
+
+    def __init__(self, param: Tensor) -> None:
+        self.param = weakref.ref(param)
+        self.aside: list[tuple[Label, Tensor]] = []
+        self.label: Label | None = None
+        self.grad: Callable[[], Tensor | None] = lambda: None
+        self.version = 0
+        self.spent = False  # zeros, or stepped already: what somebody writes there later is a new gradient
+        self.local = False  # whether no_sync() kept `.grad` from being averaged over ranks
+        self.local_aside: list[Tensor] = []  # those set aside of which the same is true
+
+    def note(self, grad: Tensor, label: Label, spent: bool = False) -> None:
+        """Notes the label of `.grad`, and its version: who writes it later is noticed."""
+        self.label, self.grad, self.version, self.spent = label, weakref.ref(grad), grad._version, spent
+
+    def holds(self, param: Tensor, grad: Tensor) -> bool:
+        """Whether `.grad` is the tensor that was noted, or took its place in a new bucket."""
+        if self.grad() is not grad and self.label is not None and distributed.was_moved(param, grad):
+            self.note(grad, self.label, self.spent)
+        return self.grad() is grad
+
+    def reached(self, grad: Tensor, label: Label, local: bool) -> None:
+        """A backward pass is over; where it wrote this gradient, it left it local or averaged it over all ranks."""
+        if self.grad() is not grad or self.version != grad._version:
+            self.local = local
+        self.note(grad, label)
+
+    def is_local(self, grad: Tensor) -> bool:
+        """Whether a pending gradient is this rank's alone, though DistributedDataParallel averages others."""
+        if any(grad is aside for _, aside in self.aside):
+            return any(grad is local for local in self.local_aside)
+        return self.local
+
+    def set_aside(self, pending: list[Labelled], kept: Tensor | None, limit: int) -> None:
+        """Keeps gradients until the step: copies where the next pass may write, fewer than `limit` of them.
+
+        Args:
+            pending: The gradients.
+            kept: What stays in `.grad`, or comes back there.
+            limit: How many they may be, together with that of the next pass.
+        """
+        local = [self.is_local(grad) for _, grad in pending]
+        self.local = kept is not None and self.is_local(kept)
+        if len(pending) >= limit:
+            pending, folded = fold(pending), pending
+            ids = [label.loss_id for label, _ in pending]
+            local = [any(own for own, (old, _) in zip(local, folded, strict=True) if old.loss_id == k) for k in ids]
+        self.aside = [(label, grad.clone() if distributed.is_bucket_view(grad) else grad) for label, grad in pending]
+        self.local_aside = [grad for own, (_, grad) in zip(local, self.aside, strict=True) if own]
+
+    def restore(self) -> Labelled:
+        """Takes back what was set aside last, for `.grad`."""
+        label, grad = self.aside[-1]
+        self.local = self.is_local(grad)
+        self.local_aside = [local for local in self.local_aside if local is not grad]
+        del self.aside[-1]
+        return label, grad
+
+    def forget_aside(self) -> None:
+        """Drops what was set aside."""
+        self.aside.clear()
+        self.local_aside.clear()
+
+
+def fold(aside: list[Labelled]) -> list[Labelled]:
+    """Adds up, unscaled and in FP32 at least, the gradients of each loss that waits under several old scales."""
+    folded: dict[int, Labelled] = {}
+    for label, grad in aside:
+        share = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        if label.scale is not None:
+            share = share * label.scale.double().reciprocal().float().to(grad.device)
+        if label.loss_id in folded:
+            kept, total = folded[label.loss_id]
+            total.add_(share)
+        else:
+            kept = Label(label.loss_id, None, counted=True)
+            folded[label.loss_id] = kept, share
+        kept.parts += [part for part in label.parts or [label] if not part.counted]
+    return list(folded.values())
