@@ -5,9 +5,13 @@ Examples:
   python examples/dcgan.py --dataset hub:cifar10 --imageSize 32 --device cuda
   python examples/dcgan.py --dataset folder:photos --engine torch-amp
   python examples/dcgan.py --compare --imageSize 16 --nz 4 --ngf 24 --ndf 12 --lr 5e-4 --iterations 800
+  torchrun --standalone --nproc-per-node 2 examples/dcgan.py --dataset hub:cifar10 --imageSize 32
 
 --compare trains the same networks on the same data three times, with mpengine, torch.amp and FP32, and puts
 figures and pictures side by side.
+
+torchrun starts several processes that share each batch. The first one writes and prints, and its figures are those of
+its share. Ctrl-C then ends all at once, without a checkpoint; --resume goes on from that of the last epoch.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import gc
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Self
@@ -27,6 +32,7 @@ from dcgan_engines import ENGINES
 from dcgan_history import METRICS, History
 from dcgan_options import OptionError, check_options, parser, resume_command
 from dcgan_plots import save_comparison, save_grid, save_losses, save_scales
+from dcgan_ranks import Ranks, joined, local_device, ranks_of_environment
 from dcgan_report import CPU_NOTE, Result, write
 from dcgan_trainer import GRID_IMAGES, CheckpointError, Config, Trainer
 from torch import Tensor
@@ -65,21 +71,29 @@ class Run:
     """One engine's training, in its own folder."""
 
     def __init__(
-        self, args: argparse.Namespace, images: Images, device: torch.device, engine: str, folder: Path
+        self,
+        args: argparse.Namespace,
+        images: Images,
+        device: torch.device,
+        engine: str,
+        folder: Path,
+        ranks: Ranks | None = None,
     ) -> None:
         self.args, self.images, self.folder = args, images, folder
+        self.ranks = ranks or Ranks()
         names = ("dataset", "imageSize", "batchSize", "nz", "ngf", "ndf", "lr", "beta1", "manualSeed")
         options = {name: getattr(args, name) for name in (*names, "init_scale", "growth_interval")}
         config = Config(engine=engine, images=len(images), nc=images.channels, **options)
-        self.trainer = Trainer(config, device, net_g=args.netG, net_d=args.netD)
+        self.trainer = Trainer(config, device, net_g=args.netG, net_d=args.netD, ranks=self.ranks)
         if args.resume:
             self.trainer.resume(args.resume)
         start = self.trainer.iteration
         self.stop = args.iterations or args.niter * BatchOrder.batches_per_epoch(len(images), args.batchSize)
         if start >= self.stop:
             raise OptionError(f"{args.resume} has done {start} iterations: give --iterations {start + 1} or more")
-        self.order = BatchOrder(len(images), args.batchSize, args.manualSeed, start, self.stop)
-        folder.mkdir(parents=True, exist_ok=True)
+        self.order = BatchOrder(len(images), args.batchSize, args.manualSeed, start, self.stop, self.ranks)
+        if self.ranks.leads:
+            folder.mkdir(parents=True, exist_ok=True)
 
     def train(self, interrupt: Interrupt) -> None:
         """Trains to the end or to the first Ctrl-C; writes a checkpoint every epoch and at the end."""
@@ -92,7 +106,8 @@ class Run:
             worker_init_fn=_ignore_interrupts,
         )
         interval = 0.1 if sys.stderr.isatty() else 20.0  # a log file needs few lines
-        with tqdm(loader, trainer.engine.name, self.stop, initial=trainer.iteration, mininterval=interval) as bar:
+        shown = {"initial": trainer.iteration, "mininterval": interval, "disable": not self.ranks.leads}
+        with tqdm(loader, trainer.engine.name, self.stop, **shown) as bar:
             trainer.timer.restart()
             for batch in bar:
                 trainer.train_step(batch)
@@ -113,10 +128,11 @@ class Run:
             bar.set_postfix(self._figures(), refresh=False)
         elif trainer.device.type == "cpu":  # on CUDA, reading the scales waits for the device: only with the figures
             trainer.record_scales()
-        if done % args.sample_every == 0 or self.finished:
-            self._save_pictures(batch)
-        if done % self.order.per_epoch == 0 or self.finished or interrupt.requested:
-            trainer.save(self.folder / "checkpoint.pt")
+        if self.ranks.leads:
+            if done % args.sample_every == 0 or self.finished:
+                self._save_pictures(batch)
+            if done % self.order.per_epoch == 0 or self.finished or interrupt.requested:
+                trainer.save(self.folder / "checkpoint.pt")
         trainer.timer.restart()
 
     def _figures(self) -> dict[str, str]:
@@ -145,11 +161,14 @@ def _stopped(run: Run, argv: Sequence[str]) -> int:
     return INTERRUPTED
 
 
-def train_one(args: argparse.Namespace, argv: Sequence[str], images: Images, device: torch.device) -> int:
+def train_one(args: argparse.Namespace, argv: Sequence[str], images: Images, device: torch.device, ranks: Ranks) -> int:
     """Trains with one engine; returns the exit status."""
-    with Interrupt() as interrupt:
-        run = Run(args, images, device, args.engine, args.outf)
+    interrupt = Interrupt()
+    with interrupt if ranks.size == 1 else nullcontext():  # processes that stop apart would wait for each other
+        run = Run(args, images, device, args.engine, args.outf, ranks)
         run.train(interrupt)
+    if not ranks.leads:
+        return 0
     if not run.finished:
         return _stopped(run, argv)
     figures = ", ".join(f"{name} {value:.3f}" for name, value in run.trainer.history.final().items())
@@ -188,14 +207,18 @@ def main(argv: Sequence[str]) -> int:
     """Runs the command line; returns the exit status."""
     cli = parser(__doc__ or "")
     args = cli.parse_args(argv)
+    ranks = ranks_of_environment()
     try:
-        device = check_options(args)
+        device = local_device(check_options(args, ranks))
         images = load_images(args.dataset, dataroot=args.dataroot, image_size=args.imageSize, channels=args.nc)
-        if device.type == "cpu" and (args.compare or args.engine != "fp32"):
+        if device.type == "cpu" and (args.compare or args.engine != "fp32") and ranks.leads:
             print(CPU_NOTE)
         if device.type == "cuda":
             torch.backends.cudnn.deterministic = True  # a resumed run must repeat what it would have computed
-        return (compare if args.compare else train_one)(args, argv, images, device)
+        if args.compare:
+            return compare(args, argv, images, device)
+        with joined(ranks, device):
+            return train_one(args, argv, images, device, ranks)
     except (OptionError, DataError, CheckpointError) as error:
         cli.error(str(error))
 

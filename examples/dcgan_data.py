@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from dcgan_ranks import Ranks
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
@@ -206,13 +207,16 @@ class BatchOrder(Sampler[list[int]]):
     """The batches of iterations start..stop-1, straight through the epochs; the last short batch is dropped.
 
     Epoch e's order depends on (seed, e) alone, so a run resumed at any iteration sees what it would have seen,
-    and a checkpoint needs no more than the iteration's number.
+    and a checkpoint needs no more than the iteration's number. Of several processes each takes its share of a batch.
     """
 
-    def __init__(self, images: int, batch_size: int, seed: int, start: int, stop: int) -> None:
+    def __init__(
+        self, images: int, batch_size: int, seed: int, start: int, stop: int, ranks: Ranks | None = None
+    ) -> None:
         self.per_epoch = self.batches_per_epoch(images, batch_size)
         self._images, self._batch_size, self._seed = images, batch_size, seed
         self._start, self._stop = start, stop
+        self._ranks = ranks or Ranks()
 
     @staticmethod
     def batches_per_epoch(images: int, batch_size: int) -> int:
@@ -236,7 +240,7 @@ class BatchOrder(Sampler[list[int]]):
             epoch, batch = divmod(iteration, self.per_epoch)
             if batch == 0 or not order:
                 order = self._epoch_order(epoch)
-            yield order[batch * self._batch_size : (batch + 1) * self._batch_size]
+            yield list(self._ranks.share(order[batch * self._batch_size : (batch + 1) * self._batch_size]))
 
     def _epoch_order(self, epoch: int) -> list[int]:
         # The CPU generator keeps 32 bits of its seed: mix both numbers into those.

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from dcgan_engines import ENGINES
 from dcgan_model import MIN_IMAGE_SIZE
+from dcgan_ranks import Ranks
 
 
 class OptionError(ValueError):
@@ -61,7 +62,7 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
     add("--dataset", default="digits", help="digits | folder:PATH | hub:NAME | fake (default: digits)")
     add("--dataroot", type=Path, default=Path("."), help="where a relative PATH starts (default: ./)")
     add("--workers", type=workers, default=2, help="processes that read pictures from files (default: 2)")
-    add("--batchSize", type=batch, default=64, help="pictures in a batch (default: 64)")
+    add("--batchSize", type=batch, default=64, help="pictures in a batch, of all processes (default: 64)")
     add("--imageSize", type=_image_size, default=64, help="height and width; a power of two from 8 up (default: 64)")
     add("--nc", type=int, choices=(1, 3), help="1 for grey, 3 for colour (default: digits 1, the others 3)")
 
@@ -107,8 +108,8 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     add("--log-every", type=_count, default=10, metavar="N", help=help_log)
 
 
-def check_options(args: argparse.Namespace) -> torch.device:
-    """Refuses options that do not go together, and chooses the device.
+def check_options(args: argparse.Namespace, ranks: Ranks) -> torch.device:
+    """Refuses options that do not go together, or not with so many processes, and chooses the device.
 
     Raises:
         OptionError: With the remedy.
@@ -117,6 +118,15 @@ def check_options(args: argparse.Namespace) -> torch.device:
         raise OptionError(f"--resume {args.resume} continues one engine: give --engine instead of --compare")
     if args.resume and (args.netG or args.netD):
         raise OptionError(f"--resume {args.resume} brings its own weights: leave --netG and --netD out")
+    if ranks.size > 1 and args.compare:
+        raise OptionError(
+            f"--compare times engines in one process, not in {ranks.size}: give --engine, or start it without torchrun"
+        )
+    if args.batchSize % ranks.size or args.batchSize < 2 * ranks.size:
+        raise OptionError(
+            f"--batchSize {args.batchSize} cannot be shared by {ranks.size} processes, two pictures or more for each: "
+            f"use a multiple of {ranks.size} from {2 * ranks.size} up"
+        )
     if args.device == "cuda" and not torch.cuda.is_available():
         raise OptionError("--device cuda: torch sees no CUDA device: use --device cpu, or install torch's CUDA build")
     if args.device != "auto":

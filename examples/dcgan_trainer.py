@@ -13,6 +13,7 @@ import torch
 from dcgan_engines import ENGINES, FAKE, GENERATOR, REAL, Hyperparameters
 from dcgan_history import History, LapTimer
 from dcgan_model import build_networks
+from dcgan_ranks import Ranks
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -58,13 +59,21 @@ def _loss(logits: Tensor, real: bool) -> Tensor:
 class Trainer:
     """The state of a run and what moves it by one iteration.
 
-    From one seed, every engine starts with the same FP32 weights and sees the same noise, drawn on the CPU.
+    From one seed, every engine starts with the same FP32 weights and sees the same noise, drawn on the CPU. Of several
+    processes each draws all of it and takes its share.
     """
 
     def __init__(
-        self, config: Config, device: torch.device, *, net_g: Path | None = None, net_d: Path | None = None
+        self,
+        config: Config,
+        device: torch.device,
+        *,
+        net_g: Path | None = None,
+        net_d: Path | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.config = config
+        self.ranks = ranks or Ranks()
         self.device = device
         self.iteration = 0
         self.net_g, self.net_d = build_networks(
@@ -76,6 +85,7 @@ class Trainer:
             network.to(device)
         hyper = Hyperparameters(config.lr, config.beta1, config.init_scale, config.growth_interval)
         self.engine = ENGINES[config.engine](self.net_d, self.net_g, device, hyper)
+        self._averaged_d, self._averaged_g = self.ranks.wrap(self.net_d), self.ranks.wrap(self.net_g)
         self._parameters_d = list(self.net_d.parameters())
         self._parameters_g = list(self.net_g.parameters())
         # Two streams beside the weights' own: the same noise in every engine, and the same test noise in every run.
@@ -94,11 +104,11 @@ class Trainer:
 
         Maximises log D(x) + log(1 - D(G(z))) over D's weights, then log D(G(z)) over G's, as the paper does.
         """
-        engine, net_d, net_g = self.engine, self.net_d, self.net_g
+        engine, net_d, net_g = self.engine, self._averaged_d, self._averaged_g
         engine.optimizer_d.zero_grad()
         engine.optimizer_g.zero_grad()
         real = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
-        noise = self._draw(len(real), self._noise)
+        noise = self.ranks.share_of(self._draw(len(real) * self.ranks.size, self._noise))
 
         with engine.autocast():
             real_logits = net_d(real)
@@ -112,7 +122,7 @@ class Trainer:
         engine.step(engine.optimizer_d)
 
         with engine.autocast():
-            fooled_logits = net_d(generated)
+            fooled_logits = self.net_d(generated)  # D's own gradients of this loss are not wanted: nothing to average
         loss_g = _loss(fooled_logits, real=True)
         engine.backward(loss_g, GENERATOR, self._parameters_g)
         engine.step(engine.optimizer_g)

@@ -24,6 +24,7 @@ from dcgan_data import BatchOrder, DataError, load_images
 from dcgan_engines import ENGINES
 from dcgan_history import History
 from dcgan_model import build_networks
+from dcgan_ranks import Ranks
 from dcgan_trainer import CheckpointError, Config, Trainer
 from PIL import Image
 
@@ -137,6 +138,60 @@ def test_resume_command_replaces_what_it_must():
 
 def load(spec, root=Path(), size=8, channels=None):
     return load_images(spec, dataroot=root, image_size=size, channels=channels)
+
+
+@pytest.mark.parametrize(
+    ("options", "size", "said"),
+    [
+        (["--compare"], "2", ["--compare", "--engine", "torchrun"]),
+        (["--batchSize", "255"], "2", ["255", "multiple of 2"]),
+        (["--batchSize", "4"], "4", ["4", "from 8 up"]),
+    ],
+)
+def test_what_several_processes_cannot_do_is_refused(options, size, said, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", size)
+    message = error_of([*TINY, "--outf", str(tmp_path / "out"), *options], capsys)
+    assert all(part in message for part in said), message
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_runs_under_torchrun(tmp_path):
+    """Two processes, started by torchrun; the first alone writes and prints."""
+    options = [*LIVELY, "--iterations", "4", "--outf", "out", "--dataset", "fake"]
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            str(PROGRAM),
+            *options,
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("4 iterations:") == 1
+    assert run.stderr.count("100%") == 1  # one progress bar
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"checkpoint.pt", "fake_samples_000004.png", "real_samples.png", "scales.png"}
+    saved = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)
+    assert saved["iteration"] == 4
+    assert not any(name.startswith("module.") for name in saved["netD"])
+
+
+def test_processes_share_each_batch():
+    whole = list(BatchOrder(10, 4, seed=1, start=0, stop=4))
+    parts = [list(BatchOrder(10, 4, 1, 0, 4, Ranks(rank, 2))) for rank in range(2)]
+    assert [sorted(a + b) for a, b in zip(*parts, strict=True)] == [sorted(batch) for batch in whole]
+    assert all(len(batch) == 2 for part in parts for batch in part)
 
 
 def test_digits_at_their_own_size_are_scikit_learns_pixels():
