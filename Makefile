@@ -1,7 +1,9 @@
 # make demo    trains a DCGAN with mpengine, torch.amp and FP32 and compares them; results in out/
+# make parity  trains four models with FP32, torch.amp and mpengine and writes docs/parity.md; fails where a row does
 # make test    lint, types and tests
 # make fuzz    the long random tests
 # make lint    ruff and mypy alone
+# make docs    draws the plots in docs/schedules
 # make clean   removes what the others wrote, but for the environment .venv
 #
 # The first of them makes .venv. PYTHON chooses the interpreter: make test PYTHON=python3.12
@@ -22,10 +24,13 @@ SOURCES := constraints.txt pyproject.toml setup.py
 DEMO := --compare --dataset digits --imageSize 16 --nz 4 --ngf 24 --ndf 12 --lr 5e-4 \
 	--growth-interval 200 --sample-every 200 --outf out
 
-.PHONY: demo test fuzz lint clean
+.PHONY: demo parity test fuzz lint docs clean
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/python examples/dcgan.py $(DEMO) --iterations $(DEMO_ITERATIONS)
+
+parity: $(VENV)/.demo-installed
+	$(BIN)/python -m benchmarks.parity
 
 test: lint
 	$(BIN)/python -m pytest
@@ -37,6 +42,9 @@ lint: $(VENV)/.test-installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+docs: $(VENV)/.test-installed
+	$(BIN)/python benchmarks/plot_schedules.py
 
 clean:
 	rm -rf out build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

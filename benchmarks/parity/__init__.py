@@ -1,0 +1,1 @@
+"""Trains four models with FP32, torch.amp and mpengine on a CPU, and compares them: `make parity`."""
