@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from mpengine.optimizer import MixedPrecisionOptimizer
 
 
+@torch.no_grad()
 def pack(optimizer: MixedPrecisionOptimizer) -> dict[str, Any]:
     """The state as `torch.optim.Optimizer.state_dict` lays it out, "master" beside each parameter's own state.
 
     Tensors are references, as in torch; step counts are float32 on the CPU, as torch keeps them. A momentum buffer
     that no step has filled yet is None.
     """
-    holdings.adopt_outside_changes(optimizer, loaded=False)
     state: dict[int, dict[str, Any]] = {}
     groups: list[dict[str, Any]] = []
     index = 0
@@ -43,7 +43,7 @@ def pack(optimizer: MixedPrecisionOptimizer) -> dict[str, Any]:
             if "momentum_buffer" in own and steps == 0:
                 own["momentum_buffer"] = None
         if param in optimizer._masters:
-            own[MASTER] = optimizer._masters[param].detach()
+            own[MASTER] = holdings.seen(optimizer, param)
         state[i] = own
     taken, skipped = optimizer._counts
     extra = {"optimizer": type(optimizer._inner).__name__, "steps_taken": taken, "steps_skipped": skipped}

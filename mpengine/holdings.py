@@ -172,6 +172,18 @@ def settled(optimizer: MixedPrecisionOptimizer, param: Tensor) -> Tensor:
     return torch.where(master.to(param.dtype) == param, master, param.to(torch.float32))
 
 
+def seen(optimizer: MixedPrecisionOptimizer, param: Tensor) -> Tensor:
+    """The master for who looks at it between steps; looking changes nothing.
+
+    Weights that are swapped in, looked at and swapped back must not cost the master what fp16 does not hold.
+    """
+    master = optimizer._masters[param].detach()
+    # Of masters that were loaded the model's weights may be yet to come; what is beyond recognition, the step refuses.
+    if param not in optimizer._agreed or _is_foreign(param, master):
+        return master
+    return settled(optimizer, param)
+
+
 def _is_agreed(optimizer: MixedPrecisionOptimizer, param: Tensor) -> bool:
     return optimizer._agreed.get(param) == (param._version, *memory_of(param))
 
@@ -191,21 +203,42 @@ def adopt_outside_changes(optimizer: MixedPrecisionOptimizer, loaded: bool = Tru
         if not loaded and (param not in optimizer._agreed or _is_foreign(param, master)):
             continue  # and what was changed beyond recognition is for the step to refuse
         if not _is_agreed(optimizer, param):
+            if not loaded:
+                _keep(optimizer, param, master)
             master.copy_(settled(optimizer, param))
             if optimizer._loaded.get(param) is not None:
                 del optimizer._loaded[param]
             mark(optimizer, [param])
     if loaded:
         optimizer._loaded.clear()
+        optimizer._before.clear()
         distributed.share_masters(optimizer, optimizer._masters)
 
 
 @torch.no_grad()
 def take_weights(optimizer: MixedPrecisionOptimizer, param: Tensor, value: Tensor) -> None:
     """The master becomes FP32 weights that are about to be loaded into the parameter, rounded."""
+    _keep(optimizer, param, settled(optimizer, param))
     optimizer._masters[param].copy_(value)
     optimizer._loaded[param] = None
     optimizer._agreed[param] = ()  # so that the parameter is looked at, even if it is not written after all
+
+
+def _keep(optimizer: MixedPrecisionOptimizer, param: Tensor, master: Tensor) -> None:
+    """Until the next step a trained master that other weights replace is kept: its fp16 weights may come back."""
+    if param not in optimizer._before and optimizer.steps_taken > 0:
+        optimizer._before[param] = master.detach().clone()
+
+
+@torch.no_grad()
+def expect_weights(optimizer: MixedPrecisionOptimizer, param: Tensor) -> None:
+    """Weights in the parameter's own dtype are about to be loaded into it; the next look settles it with its master."""
+    if optimizer._loaded.get(param) is not None:
+        return  # with the one of a saved state
+    optimizer._loaded.pop(param, None)  # FP32 weights that came before are no longer the last word
+    if param in optimizer._before:
+        optimizer._masters[param].copy_(optimizer._before.pop(param))
+        optimizer._agreed[param] = ()
 
 
 @torch.no_grad()
@@ -216,6 +249,7 @@ def take_master(optimizer: MixedPrecisionOptimizer, param: Tensor, value: Tensor
     weights that belong to it are yet to come.
     """
     master = optimizer._masters[param]
+    optimizer._before.pop(param, None)
     if param in optimizer._loaded and bool((master.to(param.dtype) == param).all()):
         optimizer._loaded[param] = torch.empty_like(master.detach()).copy_(value)
         mark(optimizer, [param])

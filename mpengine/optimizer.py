@@ -73,6 +73,7 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
         self._steps: dict[Tensor, Tensor] = {}  # int32, 0-dim; has every parameter that is trained
         self._agreed: dict[Tensor, tuple[Any, ...]] = {}  # parameters' versions and places, see holdings.mark
         self._loaded: dict[Tensor, Tensor | None] = {}  # by FP32 weights, see holdings.take_master
+        self._before: dict[Tensor, Tensor] = {}  # masters that other weights replaced since the last step
         self._unscaled: dict[Tensor, Tensor] = {}  # the FP32 gradients that unscale_ put on parameters and masters
         self._counts = [0, 0]
         self._timetable: Timetable | None = None
@@ -468,7 +469,6 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
         return weights.export(self, model)
 
     def __getstate__(self) -> dict[str, Any]:
-        holdings.adopt_outside_changes(self, loaded=False)
         self._keep_counts()
         kept = ["_inner", "_scaler", "_masters", "_steps", "_names", "_counts", "_max_grad_norm", "_timetable"]
         kept += ["defaults", "state", "param_groups"]
@@ -483,6 +483,7 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
         self._unscaled = {}
         self._agreed = {}
         self._loaded = {}
+        self._before = {}
         if self._scaler is not None:
             self._scaler.watch(self)
         validation.wrappers.add(self)

@@ -61,8 +61,8 @@ def _before_load(
             continue
         optimizer = _holder_of(param)
         if entry.dtype == param.dtype:
-            if optimizer is not None and optimizer._loaded.get(param) is None:
-                optimizer._loaded.pop(param, None)  # FP32 weights that came before are no longer the last word
+            if optimizer is not None:
+                holdings.expect_weights(optimizer, param)
             continue
         value = entry.detach().to(torch.float32)
         if not fits(value, param.dtype):

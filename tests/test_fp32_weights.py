@@ -600,3 +600,54 @@ def test_exports_that_are_refused():
     model.float()
     with pytest.raises(RuntimeError, match=r"parameter '0\.weight' became torch\.float32 after it was wrapped"):
         optimizer.fp32_state_dict(model)
+
+
+LOOKS = {
+    "nobody": lambda optimizer, model: None,
+    "state_dict": lambda optimizer, model: optimizer.state_dict(),
+    "torch_state_dict": lambda optimizer, model: optimizer.torch_state_dict(),
+    "fp32_state_dict": lambda optimizer, model: optimizer.fp32_state_dict(model),
+    "master_params": lambda optimizer, model: list(optimizer.master_params()),
+    "deepcopy": lambda optimizer, model: copy.deepcopy(optimizer),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_weights_that_are_swapped_in_and_out_cost_the_masters_nothing(dtype, look):
+    """An average is evaluated, perhaps saved, and the fp16 weights come back: bitwise as if nothing had been."""
+    model, optimizer, scaler = prepared()
+    train(model, optimizer, scaler, [0, 1])
+    before = snapshot(optimizer)
+    backup = copy.deepcopy(model.state_dict())
+    average = {name: (value.float() * 1.01).to(dtype) for name, value in optimizer.fp32_state_dict(model).items()}
+    for _ in range(2):
+        model.load_state_dict(average)
+        look(optimizer, model)
+        assert torch.equal(model[0].weight, average["0.weight"].half())
+        model.load_state_dict(backup)
+        look(optimizer, model)
+    assert snapshot(optimizer) == before
+    train(model, optimizer, scaler, [2])
+    assert not optimizer._before
+
+
+def test_what_is_saved_while_other_weights_are_in_belongs_to_these():
+    model, optimizer, scaler = prepared()
+    train(model, optimizer, scaler, [0, 1])
+    backup = copy.deepcopy(model.state_dict())
+    other = {name: value + 1 for name, value in backup.items()}
+    model.load_state_dict(other)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    model.load_state_dict(backup)
+    for param, state in zip(model.parameters(), saved[1]["state"].values(), strict=True):
+        if "master" in state:
+            assert torch.equal(state["master"].to(param.dtype), param + 1)
+    model.load_state_dict(other)
+    train(model, optimizer, scaler, [2])  # stepped with, they are the weights
+    again, optimizer2, scaler2 = prepared(seed=1)
+    again.load_state_dict(saved[0])
+    optimizer2.load_state_dict(saved[1])
+    scaler2.load_state_dict(GradScaler("cpu", init_scale=2.0**10, growth_interval=3).state_dict())
+    train(again, optimizer2, scaler2, [2])
+    assert same_bits(list(model.parameters()), list(again.parameters()))

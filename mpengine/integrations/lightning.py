@@ -69,9 +69,8 @@ class MixedPrecision(_TrainerPlugin):
         self._keep_fp32 = keep_fp32
         self._max_grad_norm = max_grad_norm
         self._prepared: list[mpengine.MixedPrecisionOptimizer] = []
-        self._clips_within: torch.optim.Optimizer | None = (
-            None  # in its step nobody sees gradients before they are used
-        )
+        # In this one's step nobody sees gradients before they are used.
+        self._clips_within: torch.optim.Optimizer | None = None
 
     def connect(
         self, model: nn.Module, optimizers: list[torch.optim.Optimizer], lr_schedulers: list[Any]
