@@ -1,6 +1,6 @@
 """mpengine: fp16 training with FP32 master weights, a dynamic scale for every loss, and one fused step."""
 
-from mpengine import reference, rules
+from mpengine import reference, rules, schedules
 from mpengine.grad_scaler import GradScaler
 from mpengine.optimizer import MixedPrecisionOptimizer
 from mpengine.precision import prepare
@@ -18,4 +18,5 @@ __all__ = [
     "prepare",
     "reference",
     "rules",
+    "schedules",
 ]

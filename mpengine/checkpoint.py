@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +106,12 @@ def _counts_of(state_dict: Mapping[str, Any]) -> list[int]:
     if EXTRA in state_dict:
         extra = saved_state.extra(state_dict)
         return [extra.get("steps_taken", 0), extra.get("steps_skipped", 0)]
-    return [max((int(own.get("step", 0)) for own in state_dict["state"].values()), default=0), 0]
+    return [largest_step(state_dict["state"].values()), 0]
+
+
+def largest_step(states: Iterable[Mapping[str, Any]]) -> int:
+    """Of torch's states of parameters; 0 where they count no steps, as SGD's do not."""
+    return max((int(own.get("step", 0)) for own in states), default=0)
 
 
 def _load_fused(optimizer: MixedPrecisionOptimizer, param: Tensor, own: dict[str, Any]) -> None:

@@ -189,6 +189,12 @@ class Execution:
         """The norm of the last step's unscaled gradient."""
         return float(self._devices[0].table.decision[layout.NORM]) if self._devices else float("nan")
 
+    def forget_tallies(self) -> None:
+        """What was counted, and which parameters overflowed last, belongs to another run."""
+        for d in self._devices:
+            d.table.stamps.zero_()
+            d.table.tallies.fill_(-1)
+
     def get_counts(self) -> list[int]:
         """[steps taken, steps skipped]."""
         return self._devices[0].table.counts.tolist() if self._devices else [0, 0]

@@ -112,10 +112,12 @@ class GradScaler(torch.amp.GradScaler):
         max_consecutive_skips: int | None = 50,
     ) -> None:
         # Not torch's constructor: that one turns itself off, with a warning, where there is no CUDA.
-        if num_losses < 1:
-            raise ValueError(f"num_losses is {num_losses}; it must be at least 1.")
-        if max_consecutive_skips is not None and max_consecutive_skips < 1:
-            raise ValueError(f"max_consecutive_skips is {max_consecutive_skips}; give at least 1, or None for never.")
+        if not _is_int(num_losses) or num_losses < 1:
+            raise ValueError(f"num_losses is {num_losses!r}; it must be an int of at least 1.")
+        if max_consecutive_skips is not None and (not _is_int(max_consecutive_skips) or max_consecutive_skips < 1):
+            raise ValueError(
+                f"max_consecutive_skips is {max_consecutive_skips!r}; give an int of at least 1, or None for never."
+            )
         ceiling = FLOAT32_MAX if max_scale is None else max_scale
         self._policy = ScalePolicy(growth_factor, backoff_factor, growth_interval, min_scale, ceiling, hysteresis)
         self._check_scale(init_scale, "init_scale")
@@ -160,7 +162,7 @@ class GradScaler(torch.amp.GradScaler):
         return self._device_state
 
     def _check_loss_id(self, loss_id: int) -> int:
-        if not isinstance(loss_id, int) or not 0 <= loss_id < self.num_losses:
+        if not _is_int(loss_id) or not 0 <= loss_id < self.num_losses:
             raise ValueError(
                 f"loss_id is {loss_id!r}; this scaler has num_losses={self.num_losses}, so it must be an int in "
                 f"[0, {self.num_losses - 1}]. Construct GradScaler(num_losses=...) with as many as you need."
@@ -168,6 +170,8 @@ class GradScaler(torch.amp.GradScaler):
         return loss_id
 
     def _check_scale(self, value: float, name: str) -> None:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{name} is {value!r}; it must be a number (or for update() a tensor of one element).")
         if not (math.isfinite(value) and self._policy.min_scale <= value <= self._policy.max_scale):
             raise ValueError(
                 f"{name} is {value}; a scale must be finite and lie between min_scale ({self._policy.min_scale:g}) "
@@ -434,7 +438,7 @@ class GradScaler(torch.amp.GradScaler):
 
     def _checked_scale(self, new_scale: float | Tensor) -> float | Tensor:
         if not isinstance(new_scale, Tensor):
-            self._check_scale(float(new_scale), "new_scale")
+            self._check_scale(new_scale, "new_scale")
             return float(new_scale)
         if new_scale.dtype != torch.float32 or new_scale.numel() != 1 or new_scale.requires_grad:
             raise AssertionError(
@@ -454,12 +458,14 @@ class GradScaler(torch.amp.GradScaler):
         return f"a parameter of shape {tuple(param.shape)}"
 
     def _loss_report(self, loss_id: int) -> LossReport:
+        alive = [optimizer for state in self._states.values() if (optimizer := state.optimizer()) is not None]
         tallies = []
-        for state in self._states.values():
-            optimizer = state.optimizer()
-            if optimizer is not None:
-                own = getattr(optimizer, "_tally", None)
-                tallies.append(plain.tally(optimizer) if own is None else own(loss_id))
+        for i, optimizer in enumerate(alive):
+            own = getattr(optimizer, "_tally", None)
+            tally, names = plain.tally(optimizer) if own is None else own(loss_id)
+            if len(alive) > 1:  # two models may well have parameters of one name
+                names = {f"{name} of optimizer {i}": number for name, number in names.items()}
+            tallies.append((tally, names))
         return loss_report(loss_id, self.statistics()[loss_id], tallies)
 
     # Reading and setting.
@@ -557,6 +563,10 @@ class GradScaler(torch.amp.GradScaler):
         self._policy = policy
         self._start = states
         self._watchdog.forget()
+        for watched in self._ledger.optimizers:
+            forget = getattr(watched, "_forget_tallies", None)
+            if forget is not None:
+                forget()
         if self._device_state is not None:
             self._settle_labels()
             self._device_state.set_states(states)
@@ -574,6 +584,10 @@ class GradScaler(torch.amp.GradScaler):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._make_transient()
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _any_scaled(pending: list[list[Labelled]]) -> bool:

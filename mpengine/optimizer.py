@@ -75,7 +75,7 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
         self._loaded: dict[Tensor, Tensor | None] = {}  # by FP32 weights, see holdings.take_master
         self._before: dict[Tensor, Tensor] = {}  # masters that other weights replaced since the last step
         self._unscaled: dict[Tensor, Tensor] = {}  # the FP32 gradients that unscale_ put on parameters and masters
-        self._counts = [0, 0]
+        self._counts = [checkpoint.largest_step(optimizer.state.values()), 0]
         self._timetable: Timetable | None = None
         super().__init__([dict(group) for group in optimizer.param_groups], dict(optimizer.defaults))
         self.param_groups = optimizer.param_groups
@@ -114,8 +114,8 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
-        if value is not None and not value > 0.0:
-            raise ValueError(f"max_grad_norm is {value}; it must be > 0, or None for no clipping.")
+        if value is not None and (isinstance(value, (bool, str)) or not value > 0.0):
+            raise ValueError(f"max_grad_norm is {value!r}; it must be a number > 0, or None for no clipping.")
         self._max_grad_norm = value
 
     @property
@@ -406,6 +406,10 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
             return Tally(), {}
         tally = self._execution.tally(loss_id)
         return tally, {self._name_at(position): n for position, n in tally.nonfinite.items()}
+
+    def _forget_tallies(self) -> None:
+        if self._execution is not None:
+            self._execution.forget_tallies()
 
     def _name_at(self, position: int) -> str:
         assert self._execution is not None

@@ -45,10 +45,10 @@ def prepare(
 ) -> MixedPrecisionOptimizer:
     """Casts a model's weights to fp16 in place, and wraps its optimizer: its FP32 masters are the weights as they were.
 
-    Parameter objects keep their identity. Normalisation layers stay FP32, buffers included, and take and return the
-    activations' dtype. Other buffers are cast where that changes no value. Weights that are trained by no optimizer
-    are cast too; weights that another optimizer will train stay FP32 until that one is prepared. FP32 weights that
-    `load_state_dict` brings later reach the masters as they are.
+    Parameter objects keep their identity. Normalisation layers stay FP32, and take and return the activations' dtype.
+    Buffers stay FP32: counters, averages and codebooks would saturate in fp16. Weights that are trained by no
+    optimizer are cast too; weights that another optimizer will train stay FP32 until that one is prepared. FP32 weights
+    that `load_state_dict` brings later reach the masters as they are.
 
     Args:
         model: On its final device.
@@ -97,7 +97,6 @@ def prepare(
     for param in params:
         _check_fits(param, names[param], dtype)
     originals: dict[Tensor, Tensor] = {param: param.data for param in params}
-    buffers = [(m, name, buffer) for m, name, buffer in _cast_buffers(model, kept) if _is_exact_in(buffer, dtype)]
     try:
         for param in params:
             param.data = param.data.to(dtype)
@@ -108,11 +107,9 @@ def prepare(
         for param, original in originals.items():
             param.data = original
         raise
-    for module, name, buffer in buffers:
-        module._buffers[name] = buffer.to(dtype)
     for module in kept:
         if not isinstance(module, _BATCH_NORMS) and _has_float32(module, below=module in chosen):
-            _compute_in_float32(module, dtype)
+            _compute_in_float32(module, dtype, shielded=module in chosen)
     weights.watch(model)
     return wrapper
 
@@ -121,11 +118,15 @@ def _chosen(model: nn.Module, keep_fp32: KeepFp32 | None) -> set[nn.Module]:
     """The modules that `keep_fp32` names."""
     if keep_fp32 is None:
         return set()
-    if callable(keep_fp32):
+    if callable(keep_fp32) and not isinstance(keep_fp32, type):
         return {module for name, module in model.named_modules() if keep_fp32(name, module)}
+    if not isinstance(keep_fp32, (str, type, Iterable)):
+        raise TypeError(f"keep_fp32 is {keep_fp32!r}; give module classes and names in a list, or a function.")
     kinds = [keep_fp32] if isinstance(keep_fp32, (str, type)) else list(keep_fp32)
     known = dict(model.named_modules())
     for kind in kinds:
+        if not isinstance(kind, (str, type)):
+            raise TypeError(f"keep_fp32 holds {kind!r}; it may hold module classes and names of modules.")
         if isinstance(kind, str) and kind not in known:
             raise ValueError(f"keep_fp32 names the module '{kind}', which the model does not have.")
     types = tuple(kind for kind in kinds if isinstance(kind, type))
@@ -143,22 +144,6 @@ def _cast_params(model: nn.Module, kept: list[nn.Module]) -> list[Tensor]:
     return [p for p in model.parameters() if id(p) not in spared and p.dtype == torch.float32]
 
 
-def _cast_buffers(model: nn.Module, kept: list[nn.Module]) -> list[tuple[nn.Module, str, Tensor]]:
-    spared = set(map(id, kept))
-    return [
-        (module, name, buffer)
-        for module in model.modules()
-        if id(module) not in spared
-        for name, buffer in module.named_buffers(recurse=False)
-        if buffer.dtype == torch.float32
-    ]
-
-
-def _is_exact_in(buffer: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the cast changes no value: positions beyond 2048, 1e-9 or a mask of -1e9 are for FP32 alone."""
-    return bool(((buffer.to(dtype) == buffer) | buffer.isnan()).all())
-
-
 def _check_fits(param: Tensor, name: str, dtype: torch.dtype) -> None:
     if not weights.fits(param, dtype):
         raise ValueError(
@@ -167,13 +152,19 @@ def _check_fits(param: Tensor, name: str, dtype: torch.dtype) -> None:
         )
 
 
-def _compute_in_float32(module: nn.Module, dtype: torch.dtype) -> None:
+def _compute_in_float32(module: nn.Module, dtype: torch.dtype, shielded: bool) -> None:
     """Lets an FP32 module take low-precision activations and return their dtype, on every device, and compute in FP32.
 
-    Autocast is off within: it would cast the FP32 weights down. Where no argument is floating (an embedding's), the
-    result becomes `dtype`.
+    Where no argument is floating (an embedding's), the result becomes `dtype`.
+
+    Args:
+        module: A module with FP32 parameters.
+        dtype: Of the weights around it.
+        shielded: Whether autocast is off within, where it would cast FP32 weights down. Normalisation layers need no
+            shield, for autocast leaves them in FP32; and torch.compile cannot trace it within an autocast region.
     """
     module.__dict__["_result_dtype"] = dtype
+    module.__dict__["_shielded"] = shielded
     if _enter not in module._forward_pre_hooks.values():
         module.register_forward_pre_hook(_enter, with_kwargs=True)
         module.register_forward_hook(_leave, with_kwargs=True, always_call=True)
@@ -185,13 +176,15 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     device = (tensors or list(_own_tensors(module, below=True)))[0].device.type
     outside = (dtypes[0] if dtypes else module.__dict__["_result_dtype"], device, torch.is_autocast_enabled(device))
     module.__dict__.setdefault("_outside", []).append(outside)
-    torch.set_autocast_enabled(device, False)
+    if module.__dict__["_shielded"]:
+        torch.set_autocast_enabled(device, False)
     return _to_float32(args), _to_float32(kwargs)
 
 
 def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     dtype, device, autocast = module.__dict__["_outside"].pop()
-    torch.set_autocast_enabled(device, autocast)
+    if module.__dict__["_shielded"]:
+        torch.set_autocast_enabled(device, autocast)
     return _mapped(lambda t: t.to(dtype) if t.dtype == torch.float32 else t, output) if dtype in _LOW else output
 
 

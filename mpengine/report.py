@@ -21,7 +21,8 @@ class LossReport:
         overflows: How many backward passes have overflowed.
         steps_since_overflow: Updates of this loss since the last of them; None: none has.
         overflowed: Names of the parameters whose gradients were inf or NaN in the last overflow, and how many of
-            their elements were (0: not counted), the worst first.
+            their elements were (0: not counted), the worst first. With several optimizers each name says which, in the
+            order in which the scaler met them.
         underflow: The fraction of gradient elements that are zero or subnormal in their type (below 2^-14 in fp16,
             where precision is lost), in the last step that had gradients of this loss; NaN where none was counted.
         largest: The largest unscaled magnitude of a gradient element then; inf where one overflowed, NaN as above.

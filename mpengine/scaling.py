@@ -38,6 +38,10 @@ class ScalePolicy:
     hysteresis: int = 1
 
     def __post_init__(self) -> None:
+        for name, kind in (("growth_interval", int), ("hysteresis", int)):
+            _check_number(name, getattr(self, name), kind)
+        for name in ("growth_factor", "backoff_factor", "min_scale", "max_scale"):
+            _check_number(name, getattr(self, name), float)
         if not (self.growth_factor > 1.0 and math.isfinite(self.growth_factor)):
             raise ValueError(
                 f"growth_factor is {self.growth_factor}; it must be finite and > 1 (2.0 is usual). For a scale "
@@ -73,6 +77,11 @@ class ScalePolicy:
             self.max_scale,
             float(self.hysteresis),
         ]
+
+
+def _check_number(name: str, value: object, kind: type) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer) if kind is int else (int, float, np.number)):
+        raise ValueError(f"{name} is {value!r}; it must be {'an int' if kind is int else 'a number'}.")
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,8 @@ def check_unwrapped(
         raise ValueError(
             f"{_shown(param, names, f'a parameter of shape {tuple(param.shape)}')} is wrapped by another "
             "MixedPrecisionOptimizer already, which holds its master. Use that one, or delete it first (del optimizer, "
-            "and the learning-rate schedulers that hold it)."
+            "and the learning-rate schedulers that hold it); fp16 weights lose what the masters hold beyond them then, "
+            "unless optimizer.fp32_state_dict(model) is taken before and loaded after the model is prepared again."
         )
 
 

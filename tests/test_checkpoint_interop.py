@@ -383,7 +383,7 @@ SCALER_WRONG = {
     "negative": (lambda s: {**s, "_growth_tracker": [-1, 0]}, RuntimeError, "counters of loss 0 are .*none is neg"),
     "growth": (lambda s: {**s, "growth_factor": 0.5}, ValueError, r"growth_factor is 0\.5"),
     "backoff": (lambda s: {**s, "backoff_factor": math.nan}, ValueError, "backoff_factor is nan"),
-    "growth None": (lambda s: {**s, "growth_factor": None}, RuntimeError, "cannot be read"),
+    "growth None": (lambda s: {**s, "growth_factor": None}, ValueError, "growth_factor is None; it must be a number"),
     "extra": (lambda s: {**s, "mpengine": 3}, RuntimeError, "cannot be read"),
     "three losses": (
         lambda s: GradScaler("cpu", num_losses=3).state_dict(),
@@ -653,7 +653,7 @@ def test_every_part_of_a_checkpoint_is_safe_to_load():
 def test_the_pages_python_runs(tmp_path, monkeypatch):
     page = Path(__file__).parents[1] / "docs" / "checkpoints.md"
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     monkeypatch.chdir(tmp_path)
     namespace = {}
     for block in blocks:

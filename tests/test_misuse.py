@@ -86,11 +86,44 @@ def test_a_single_name_in_keep_fp32_is_a_name():
         mpengine.prepare(model.parameters(), torch.optim.SGD(model.parameters(), lr=0.1))
 
 
-def test_buffers_are_cast_only_where_no_value_changes():
+@pytest.mark.parametrize(
+    ("words", "kwargs"),
+    [
+        ("init_scale is 'a'", {"init_scale": "a"}),
+        ("growth_interval is 1.5", {"growth_interval": 1.5}),
+        ("growth_factor is 'x'", {"growth_factor": "x"}),
+        ("num_losses is 2.0", {"num_losses": 2.0}),
+        ("num_losses is True", {"num_losses": True}),
+        ("max_consecutive_skips is 1.5", {"max_consecutive_skips": 1.5}),
+    ],
+)
+def test_a_number_of_another_kind_is_named(words, kwargs):
+    with pytest.raises(ValueError, match=f"{words}; "):
+        mpengine.GradScaler("cpu", **kwargs)
+
+
+def test_a_loss_id_is_no_truth_value():
+    scaler = mpengine.GradScaler("cpu", num_losses=2)
+    with pytest.raises(ValueError, match="loss_id is True"):
+        scaler.scale(torch.ones((), requires_grad=True), loss_id=True)
+
+
+def test_a_wrapped_optimizer_that_has_stepped_knows_its_steps():
+    """So that a schedule begins where it would after loading the same state."""
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.Adam(model.parameters())
+    for _ in range(3):
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    wrapped = mpengine.prepare(model, optimizer, mpengine.GradScaler("cpu"))
+    assert wrapped.steps_taken == 3
+
+
+def test_buffers_keep_their_dtype():
     model = nn.Linear(2, 2)
     model.register_buffer("steps", torch.arange(2048.0))
     model.register_buffer("positions", torch.arange(5000.0))
     model.register_buffer("frequencies", torch.tensor([1.0, 1e-9]))
     mpengine.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), mpengine.GradScaler("cpu"))
-    assert model.steps.dtype == torch.float16
-    assert model.positions.dtype == model.frequencies.dtype == torch.float32
+    assert {buffer.dtype for buffer in model.buffers()} == {torch.float32}

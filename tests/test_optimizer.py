@@ -69,13 +69,13 @@ def test_max_grad_norm_may_change_between_steps(make):
         assert snapshot(ours) == snapshot(other)
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, math.nan])
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, True, "1.0"])
 def test_max_grad_norm_must_be_positive(value):
     params = parameters()
-    with pytest.raises(ValueError, match=f"max_grad_norm is {value}; it must be > 0, or None"):
+    with pytest.raises(ValueError, match=f"max_grad_norm is {value!r}; it must be a number > 0, or None"):
         MixedPrecisionOptimizer(FUSED["sgd"](params), max_grad_norm=value)
     optimizer = MixedPrecisionOptimizer(FUSED["sgd"](params), max_grad_norm=2.0)
-    with pytest.raises(ValueError, match=f"max_grad_norm is {value}"):
+    with pytest.raises(ValueError, match=f"max_grad_norm is {value!r}"):
         optimizer.max_grad_norm = value
     assert optimizer.max_grad_norm == 2.0
 

@@ -161,7 +161,7 @@ def test_what_a_convnet_becomes():
     }
 
 
-def test_buffers_become_fp16_where_they_fit():
+def test_buffers_stay_as_they_are():
     class Masked(nn.Module):
         def __init__(self):
             super().__init__()
@@ -174,10 +174,47 @@ def test_buffers_become_fp16_where_they_fit():
 
     model = Masked()
     prepare(model)
-    assert [model.table.dtype, model.mask.dtype, model.index.dtype] == [HALF, SINGLE, torch.int64]
+    assert [model.table.dtype, model.mask.dtype, model.index.dtype] == [SINGLE, SINGLE, torch.int64]
     assert model.wide.dtype == torch.float64
     assert model.nothing is None
     assert model.mask[1] == -1e9
+
+
+def test_a_counter_counts_beyond_2048():
+    model = nn.Linear(4, 1)
+    model.register_buffer("seen", torch.zeros(()))
+    prepare(model)
+    for _ in range(3000):
+        model.seen += 1
+    assert model.seen == 3000.0
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_it_can_be_compiled_with_autocast_inside(norm):
+    model = nn.Sequential(nn.Linear(8, 8), norm(8))
+    prepare(model)
+
+    def forward(x):
+        with torch.autocast("cpu", HALF):
+            return model(x)
+
+    x = torch.randn(2, 8)
+    assert torch.equal(torch.compile(forward, backend="eager")(x), forward(x))
+
+
+@pytest.mark.parametrize("keep_fp32", [nn.Linear, [nn.Linear], "0", ["0"]], ids=str)
+def test_one_kind_or_several_of_what_stays_fp32(keep_fp32):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Conv1d(2, 2, 1))
+    prepare(model, keep_fp32=keep_fp32)
+    assert [module.weight.dtype for module in model] == [SINGLE, HALF]
+
+
+@pytest.mark.parametrize("keep_fp32", [3, [3], [None]], ids=str)
+def test_what_names_no_module_is_refused(keep_fp32):
+    model = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"keep_fp32 (is|holds) (3|None);"):
+        prepare(model, keep_fp32=keep_fp32)
+    assert model[0].weight.dtype == SINGLE
 
 
 # keep_fp32.
@@ -548,7 +585,7 @@ REFUSED = {
     "torch's scaler": (sgd, {"scaler": torch.amp.GradScaler("cpu")}, TypeError, "give a mpengine.GradScaler, or None"),
     "no scaler": (sgd, {"scaler": 1024.0}, TypeError, "scaler is a builtins.float"),
     "keep_fp32 of nothing": (sgd, {"keep_fp32": ["1.fc"]}, ValueError, r"keep_fp32 names the module '1\.fc'"),
-    "max_grad_norm": (sgd, {"max_grad_norm": 0.0}, ValueError, "max_grad_norm is 0.0; it must be > 0"),
+    "max_grad_norm": (sgd, {"max_grad_norm": 0.0}, ValueError, "max_grad_norm is 0.0; it must be a number > 0"),
 }
 
 

@@ -140,8 +140,37 @@ def test_several_optimizers_of_one_loss():
         scaler.update()
     report = scaler.report()[0]
     assert report.underflow == 0.5
-    assert dict(report.overflowed) == {"parameter 'weight'": 2}
+    assert dict(report.overflowed) == {"parameter 'weight' of optimizer 1": 2}
     assert report.overflows == 2
+
+
+def test_parameters_of_one_name_in_two_models_are_told_apart():
+    scaler = GradScaler(init_scale=SCALE)
+    layers = [nn.Linear(3, 1, bias=False) for _ in range(2)]
+    optimizers = [mpengine.prepare(layer, torch.optim.SGD(layer.parameters(), lr=0.0), scaler) for layer in layers]
+    values = [torch.tensor([[INF, 0.0, 0.0]]), torch.tensor([[INF, INF, 0.0]])]
+    loss = sum((layer.weight.float() * value).sum() for layer, value in zip(layers, values, strict=True))
+    scaler.scale(loss).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    scaler.update()
+    names = dict(scaler.report()[0].overflowed)
+    assert names == {"parameter 'weight' of optimizer 1": 2, "parameter 'weight' of optimizer 0": 1}
+
+
+def test_loading_a_scaler_forgets_what_another_run_counted():
+    world = World(losses=1)
+    clean = world.scaler.state_dict()
+    world.backward(0, p0_bias=torch.tensor([INF, 0.0, 0.0]))
+    world.step()
+    world.scaler.load_state_dict(clean)
+    report = world.scaler.report()[0]
+    assert math.isnan(report.largest)
+    assert (report.overflows, report.overflowed) == (0, {})
+    assert world.optimizer.overflowed_parameters() == []
+    world.backward(0, p0_bias=torch.tensor([8.0, 0.0, 0.0]))
+    world.step()
+    assert world.scaler.report()[0].largest == 8.0 / SCALE
 
 
 def test_bf16_and_fp32_gradients_count_by_their_own_range():

@@ -173,9 +173,9 @@ class TestCollapse:
         with pytest.raises(LossScaleCollapse) as caught:
             scaler.update()
         assert sorted(caught.value.parameters) == [
-            "group 0, parameter 0 of shape (1,)",
-            "parameter 'bias'",
-            "parameter 'weight'",
+            "group 0, parameter 0 of shape (1,) of optimizer 1",
+            "parameter 'bias' of optimizer 0",
+            "parameter 'weight' of optimizer 0",
         ]
 
 

@@ -143,6 +143,7 @@ class Accelerator(accelerate.Accelerator):
             settings = {} if handler is None else handler.to_kwargs()
             self.scaler = mpengine.GradScaler(self.device.type, **settings) if scaler is None else scaler
             self.native_amp = True  # autocast in the forward pass, and unscaling where gradients are clipped
+        self._kind = kind
         self._keep_fp32 = keep_fp32
         self._max_grad_norm = max_grad_norm
 
@@ -189,7 +190,13 @@ class Accelerator(accelerate.Accelerator):
             return optimizer
         if not isinstance(optimizer, mpengine.MixedPrecisionOptimizer):
             owner = self._owner(optimizer, [*models, *self._models])
-            dtype = _DTYPES[self.mixed_precision]
+            if self.mixed_precision != self._kind:
+                raise RuntimeError(
+                    f"this Accelerator was made with mixed_precision={self._kind!r}, and another Accelerator or "
+                    f"TrainingArguments has set it to {self.mixed_precision!r} since: Accelerate has one setting for "
+                    "the whole process. Make the other one later, or run it in a process of its own."
+                )
+            dtype = _DTYPES[self._kind]
             optimizer = mpengine.prepare(
                 owner, optimizer, self.scaler, dtype, keep_fp32=self._keep_fp32, max_grad_norm=self._max_grad_norm
             )

@@ -69,6 +69,7 @@ class MixedPrecision(_TrainerPlugin):
         self._keep_fp32 = keep_fp32
         self._max_grad_norm = max_grad_norm
         self._prepared: list[mpengine.MixedPrecisionOptimizer] = []
+        self._frozen: dict[Tensor, Tensor] = {}  # the FP32 values of frozen weights, on the CPU
         # In this one's step nobody sees gradients before they are used.
         self._clips_within: torch.optim.Optimizer | None = None
 
@@ -104,10 +105,12 @@ class MixedPrecision(_TrainerPlugin):
                 "self.trainer.precision_plugin.scaler), and return the result from configure_optimizers."
             )
         dtype = torch.float16 if self.precision == "16-mixed" else torch.bfloat16
+        frozen = {p: p.detach().cpu() for p in model.parameters() if not p.requires_grad}
         wrapper = mpengine.prepare(
             model, optimizer, self.scaler, dtype, keep_fp32=self._keep_fp32, max_grad_norm=self._max_grad_norm
         )
         self._prepared.append(wrapper)
+        self._frozen.update({param: value for param, value in frozen.items() if param.dtype != value.dtype})
         return wrapper
 
     def teardown(self) -> None:
@@ -115,6 +118,10 @@ class MixedPrecision(_TrainerPlugin):
         for wrapper in self._prepared:
             _release(wrapper)
         self._prepared.clear()
+        for param, value in self._frozen.items():
+            if param.dtype != value.dtype:  # it was trained after all, and has its master
+                _widen(param, value)
+        self._frozen.clear()
 
     # The loop.
 
@@ -277,7 +284,13 @@ def _release(wrapper: mpengine.MixedPrecisionOptimizer) -> None:
     """Gives the masters back to the parameters. Where somebody wrote a parameter since the last step, that holds."""
     for param, master in wrapper._masters.items():
         if param.dtype != torch.float32:
-            master = master.detach().to(param.device)
             param.grad = None
-            param.data = torch.where(master.to(param.dtype) == param, master, param.to(torch.float32))
+            _widen(param, master.detach())
     validation.wrappers.discard(wrapper)
+
+
+@torch.no_grad()
+def _widen(param: Tensor, value: Tensor) -> None:
+    """The parameter becomes FP32: `value` where that still rounds to the parameter, else what somebody wrote there."""
+    value = value.to(param.device)
+    param.data = torch.where(value.to(param.dtype) == param, value, param.to(torch.float32))

@@ -254,6 +254,20 @@ def test_after_fit_the_module_has_the_masters_and_another_fit_goes_on_from_them(
     torch.testing.assert_close(before, again.weights[0], rtol=0.0, atol=1.1e-2)  # one step of Adam from there: lr
 
 
+@pytest.mark.parametrize("make", [adamw, lambda m: torch.optim.SGD(m.net[3].parameters(), lr=0.1)], ids=["in", "out"])
+def test_after_fit_frozen_layers_and_buffers_are_as_they_were(make):
+    """Bitwise; in the optimizer's groups or not."""
+    module = Regression(make=make)
+    module.net[0].requires_grad_(False)
+    module.net[0].register_buffer("count", torch.tensor(4097.0))
+    before = [p.detach().clone() for p in module.net[0].parameters()]
+    fit(module, MixedPrecision(scaler_of()), batches(3))
+    assert same_bits([p.detach() for p in module.net[0].parameters()], before)
+    assert all(p.dtype == torch.float32 for p in module.parameters())
+    assert module.net[0].count == 4097.0
+    assert not torch.equal(before[0].half().float(), before[0])  # fp16 would have cost something
+
+
 def test_validation_after_fit_and_another_fit_of_the_same_trainer():
     class Validated(Regression):
         def validation_step(self, batch, batch_idx):
