@@ -65,8 +65,8 @@ def prepare(
     Raises:
         TypeError: `optimizer` cannot be wrapped, or `model` is no module.
         ValueError: The optimizer has no parameters, holds one that the model does not own or that is wrapped
-            already; the model is in DistributedDataParallel; `dtype` is another; a weight does not fit into it, or has
-            a gradient already. Nothing is changed then.
+            already; the model is in DistributedDataParallel; `dtype` is another; a weight does not fit into it. Nothing
+            is changed then.
 
     Example:
         >>> scaler = mpengine.GradScaler()
@@ -96,11 +96,6 @@ def prepare(
     params = [p for p in _cast_params(model, kept) if id(p) in trained or not p.requires_grad]
     for param in params:
         _check_fits(param, names[param], dtype)
-        if param.grad is not None:
-            raise ValueError(
-                f"parameter '{names[param]}' has a gradient already, unscaled and FP32, which would be added to scaled "
-                "ones; call optimizer.zero_grad() before prepare."
-            )
     originals: dict[Tensor, Tensor] = {param: param.data for param in params}
     try:
         for param in params:

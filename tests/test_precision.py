@@ -180,16 +180,6 @@ def test_buffers_stay_as_they_are():
     assert model.mask[1] == -1e9
 
 
-def test_a_gradient_from_before_is_refused():
-    model = nn.Linear(2, 1)
-    model(torch.ones(1, 2)).sum().backward()
-    with pytest.raises(ValueError, match=r"parameter 'weight' has a gradient already.*zero_grad\(\) before prepare"):
-        prepare(model)
-    assert model.weight.dtype == SINGLE
-    model.zero_grad()
-    prepare(model)
-
-
 def test_a_counter_counts_beyond_2048():
     model = nn.Linear(4, 1)
     model.register_buffer("seen", torch.zeros(()))
