@@ -109,7 +109,7 @@ def prepare(
         raise
     for module in kept:
         if not isinstance(module, _BATCH_NORMS) and _has_float32(module, below=module in chosen):
-            _compute_in_float32(module, dtype, shielded=module in chosen)
+            _compute_in_float32(module, dtype, shielded=not is_normalization("", module))
     weights.watch(model)
     return wrapper
 

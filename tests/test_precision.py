@@ -209,6 +209,20 @@ def test_one_kind_or_several_of_what_stays_fp32(keep_fp32):
     assert [module.weight.dtype for module in model] == [SINGLE, HALF]
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_layers_of_a_kept_list_compute_in_fp32_though_the_list_itself_is_never_called(autocast):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ModuleList([nn.Linear(8, 4)]))
+    head = copy.deepcopy(model[1][0])
+    prepare(model, keep_fp32=["1"])
+    x = torch.randn(2, 8).half()
+    with torch.autocast("cpu", HALF, enabled=autocast):
+        out = model[1][0](x)
+    assert torch.equal(out, head(x.float()).half())
+    with torch.autocast("cpu", HALF):
+        assert not torch.equal(out, head(x))  # what autocast would have made of it
+
+
 @pytest.mark.parametrize("keep_fp32", [3, [3], [None]], ids=str)
 def test_what_names_no_module_is_refused(keep_fp32):
     model = nn.Sequential(nn.Linear(2, 2))
