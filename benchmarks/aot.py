@@ -32,7 +32,8 @@ from triton.runtime.jit import JITFunction
 
 from mpengine import rules
 from mpengine.kernels import launch, layout
-from mpengine.masters import Ballot, DeviceSchedule, Entry, Source, SourceTable, TensorTable, arena
+from mpengine.masters import DeviceSchedule, Entry, TensorTable, arena
+from mpengine.sources import Ballot, Source, SourceTable
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 _CPU = torch.device("cpu")

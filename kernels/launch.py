@@ -3,13 +3,17 @@
 No launcher waits for the device, allocates, or recompiles when a value changes: pointers, scales, hyperparameters and
 counts all reach the kernels through memory. What selects a binary is the rule, the kinds of elements that occur, and
 whether a parameter may have several sources.
+
+Triton's own launch binds the arguments, and compares every global that a kernel uses, anew each time: 60 us of the
+host for these kernels. So it makes the first launch of each kind, and the binary that it returns makes the others.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from operator import is_
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -59,6 +63,7 @@ class Table(Protocol):
     tallies: Tensor
     counts: Tensor
     decision: Tensor
+    launches: dict[str, Any]
 
     @property
     def update_chunks(self) -> Mapping[Any, Tensor]:
@@ -95,8 +100,14 @@ def inspect(table: Table, sources: Sources) -> None:
         return
     kinds = _bits(sources.kinds)
     mixed = kinds > _FLOAT32_BIT
-    with _on(table.rows.device):
-        _inspect_kernel[(programs,)](
+    # 8 elements a thread are 16 bytes of fp16; 4 where a block may also be FP32, so that both fit one layout.
+    block = 4 * _THREADS if mixed and sources.width > 1 else 8 * _THREADS
+    _launch_again(
+        table,
+        "inspect",
+        _inspect_kernel,
+        programs,
+        (
             table.rows,
             sources.rows,
             table.inspect_chunks,
@@ -105,15 +116,11 @@ def inspect(table: Table, sources: Sources) -> None:
             table.found,
             table.partials,
             table.tallies,
-            len(table.found),
-            SOURCES=sources.width,
-            KINDS=kinds,
-            CHUNK=layout.INSPECT_CHUNK,
-            # 8 elements a thread are 16 bytes of fp16; 4 where a block may also be FP32, so that both fit one layout.
-            BLOCK=4 * _THREADS if mixed and sources.width > 1 else 8 * _THREADS,
-            num_warps=_WARPS,
-            **_OPTIONS,
-        )
+        ),
+        (len(table.found),),
+        (sources.width, kinds, layout.INSPECT_CHUNK, block),
+        _WARPS,
+    )
 
 
 def decide(
@@ -142,8 +149,12 @@ def decide(
         votes: float32[L, layout.VOTE], written for the scaler unless None; contiguous.
         schedule: Replaces some of the hyperparameters by those of the steps taken.
     """
-    with _on(table.rows.device):
-        _decide_kernel[(1,)](
+    _launch_again(
+        table,
+        "decide",
+        _decide_kernel,
+        1,
+        (
             table.rows,
             sources.rows,
             sources.ballot_rows,
@@ -159,16 +170,11 @@ def decide(
             table.scalars,
             table.decision,
             votes,
-            len(table.rows),
-            found.shape[-1],
-            found.shape[0],
-            partials.numel(),
-            FAMILY=None if family is None else SCALAR_FUNCTIONS[family.name],
-            SOURCES=sources.width,
-            BLOCK=32 * _DECIDE_WARPS,
-            num_warps=_DECIDE_WARPS,
-            **_OPTIONS,
-        )
+        ),
+        (len(table.rows), found.shape[-1], found.shape[0], partials.numel()),
+        (None if family is None else SCALAR_FUNCTIONS[family.name], sources.width, 32 * _DECIDE_WARPS),
+        _DECIDE_WARPS,
+    )
 
 
 def update(table: Table, sources: Sources, rule: Rule, decision: Tensor) -> None:
@@ -177,22 +183,17 @@ def update(table: Table, sources: Sources, rule: Rule, decision: Tensor) -> None
     programs = len(chunks)
     if programs == 0:
         return
-    with _on(table.rows.device):
-        _update_kernel[(programs,)](
-            table.rows,
-            sources.rows,
-            chunks,
-            table.scalars,
-            decision,
-            RULE=RULES[rule.name],
-            SLOTS=len(rule.slots),
-            SOURCES=sources.width,
-            KINDS=_bits(sources.kinds),
-            PARAM_KINDS=_bits(table.param_kinds, none=0),
-            CHUNK=layout.UPDATE_CHUNK,
-            num_warps=_WARPS,
-            **_OPTIONS,
-        )
+    kinds = _bits(sources.kinds), _bits(table.param_kinds, none=0)
+    _launch_again(
+        table,
+        rule.name,
+        _update_kernel,
+        programs,
+        (table.rows, sources.rows, chunks, table.scalars, decision),
+        (),
+        (RULES[rule.name], len(rule.slots), sources.width, *kinds, layout.UPDATE_CHUNK),
+        _WARPS,
+    )
 
 
 def update_scale(scale: Tensor, previous: Tensor, counters: Tensor, votes: Tensor, policy: Tensor) -> None:
@@ -205,19 +206,70 @@ def update_scale(scale: Tensor, previous: Tensor, counters: Tensor, votes: Tenso
         votes: float32[R, L, layout.VOTE], one row for each optimizer; contiguous.
         policy: float64[layout.POLICY].
     """
-    with _on(scale.device):
-        _update_scale_kernel[(1,)](
-            scale,
-            previous,
-            counters,
-            votes,
-            policy,
-            scale.numel(),
-            votes.shape[0],
-            BLOCK=32,
-            num_warps=1,
-            **_OPTIONS,
-        )
+    arguments = scale, previous, counters, votes, policy, scale.numel(), votes.shape[0]
+    _launch(_update_scale_kernel, 1, scale.device, arguments, (32,), 1)
+
+
+_binaries: dict[tuple[Any, ...], Any] = {}
+
+
+class Prepared(NamedTuple):
+    """A launch that may be made again with the very same tensors."""
+
+    tensors: tuple[Tensor | None, ...]
+    numbers: tuple[Any, ...]  # how many programs, the kernel's counts, its constexprs
+    run: Callable[..., None]
+
+
+def _launch_again(
+    table: Table,
+    name: str,
+    kernel: Any,
+    programs: int,
+    tensors: tuple[Tensor | None, ...],
+    counts: tuple[int, ...],
+    constants: tuple[Any, ...],
+    warps: int,
+) -> None:
+    """`_launch`, without a look at the tensors where they are those of the last time under this name."""
+    numbers = programs, counts, constants
+    prepared = table.launches.get(name)
+    if prepared is not None and prepared.numbers == numbers and all(map(is_, tensors, prepared.tensors)):
+        device = table.rows.device
+        if device.type == "cpu" or device.index == torch.cuda.current_device():
+            prepared.run(*tensors, *counts, *constants)
+            return
+    binary = _launch(kernel, programs, table.rows.device, (*tensors, *counts), constants, warps)
+    if binary is not None:
+        table.launches[name] = Prepared(tensors, numbers, binary[programs, 1, 1])
+
+
+def _launch(
+    kernel: Any,
+    programs: int,
+    device: torch.device,
+    arguments: tuple[Any, ...],
+    constants: tuple[Any, ...],
+    warps: int,
+) -> Any:
+    """Runs `programs` programs of a kernel on a device; `constants` are its constexprs, which come last.
+
+    Returns:
+        The compiled kernel; None in the interpreter.
+    """
+    # What selects a binary, as Triton sees it, but for dtypes: each argument's is always the same.
+    aligned = [None if a is None else a.data_ptr() % 16 == 0 for a in arguments if not isinstance(a, int)]
+    key = (id(kernel), device, constants, *aligned)
+    binary = _binaries.get(key)
+    with _on(device):
+        if binary is not None:
+            binary[programs, 1, 1](*arguments, *constants)
+        else:
+            constexprs = dict(zip(kernel.arg_names[len(arguments) :], constants, strict=True))
+            binary = kernel[(programs,)](*arguments, **constexprs, num_warps=warps, **_OPTIONS)
+            if binary is not None:
+                _binaries[key] = binary
+    return binary
 
 
 def _bits(kinds: Iterable[int], none: int = 1 << layout.FLOAT16) -> int:

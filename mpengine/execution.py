@@ -1,58 +1,75 @@
-"""One step on all devices of an optimizer: tables, gradients, hyperparameters, and the calls in their order."""
+"""One step on all devices of an optimizer: tables, gradients, hyperparameters, and the calls in their order.
+
+The host's time counts: whatever a step does for each tensor is one call for all of them, where nothing has changed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mpengine import backend
-from mpengine.gradients import Labelled, as_sources
+from mpengine.agreement import memory_of
+from mpengine.gradients import as_sources
 from mpengine.kernels import layout
-from mpengine.masters import Ballot, DeviceSchedule, Entry, SourceTable, TensorTable, arena, same_layout, to_device
+from mpengine.labels import Pending
+from mpengine.masters import DeviceSchedule, Entry, TensorTable, arena, same_layout
 from mpengine.plain import cast_votes
 from mpengine.rules import ASSIGN, Family
+from mpengine.sources import Ballot, Column, Source, SourceTable
 from mpengine.tally import Tally, counted
+from mpengine.upload import Mirror, to_device
 
 
 class _Numbers:
-    """Float64 numbers on the device, uploaded when one of them changed, from pinned memory, without a sync."""
+    """Float64 numbers on the device, uploaded when one of them changed, without a sync."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._known: list[list[float]] | None = None
+        self._mirror = Mirror(device)
+        self._table: Tensor | None = None
+        self._known: list[list[Any]] | None = None
 
-    def set(self, rows: Sequence[Sequence[Any]], width: int) -> Tensor:
-        """float64[len(rows), width]; a tensor on this device (a capturable lr) is copied there each time."""
-        moving = [(i, j, v) for i, row in enumerate(rows) for j, v in enumerate(row) if _on_cuda(v)]
-        plain = [[0.0 if _on_cuda(value) else float(value) for value in row] for row in rows]
-        if plain != self._known:
-            table = np.zeros((len(plain), width))
-            for i, row in enumerate(plain):
+    def set(self, rows: list[list[Any]], width: int) -> Tensor:
+        """float64[len(rows), width]; a tensor on a GPU (a capturable lr) is copied there each time."""
+        if any(isinstance(value, Tensor) for row in rows for value in row):
+            moving = [(i, j, v) for i, row in enumerate(rows) for j, v in enumerate(row) if _on_cuda(v)]
+            rows = [[0.0 if _on_cuda(value) else float(value) for value in row] for row in rows]
+        else:
+            moving = []
+        if self._table is None or rows != self._known:
+            table = np.zeros((len(rows), width))
+            for i, row in enumerate(rows):
                 table[i, : len(row)] = row
-            self.table = to_device(table, self.device)
-            self._known = plain
+            self._table = self._mirror.follow(table)
+            self._known = rows
         for i, j, value in moving:
-            self.table[i, j].copy_(value, non_blocking=True)
-        return self.table
+            self._table[i, j].copy_(value, non_blocking=True)
+        return self._table
 
 
 def _on_cuda(value: Any) -> bool:
     return isinstance(value, Tensor) and value.device.type == "cuda"
 
 
-class _Device(NamedTuple):
+class _Device:
     """All tensors of the optimizer on one device; `positions` are their places in the optimizer's order."""
 
-    device: torch.device
-    table: TensorTable
-    positions: list[int]
-    sources: SourceTable
-    hyper: _Numbers
-    max_norm: _Numbers
+    def __init__(self, device: torch.device, positions: list[int], entries: list[Entry], num_losses: int) -> None:
+        self.device, self.positions = device, positions
+        self.table = TensorTable(entries, num_losses, device)
+        self.sources = SourceTable(device)
+        self.hyper, self.max_norm = _Numbers(device), _Numbers(device)
+        self.found = self.table.found[None]
+        self.params = [entry.param for entry in entries]
+        self._every = list(range(len(positions))) == positions
+
+    def own(self, grads: list[Tensor | None]) -> list[Tensor | None]:
+        """The gradients of this device's tensors, of those of all parameters."""
+        return grads if self._every and len(grads) == len(self.positions) else [grads[i] for i in self.positions]
 
 
 class Execution:
@@ -70,14 +87,7 @@ class Execution:
         for position, entry in entries.items():
             by_device.setdefault(entry.param.device, []).append(position)
         self._devices = [
-            _Device(
-                device,
-                TensorTable([entries[i] for i in positions], num_losses, device),
-                positions,
-                SourceTable(device),
-                _Numbers(device),
-                _Numbers(device),
-            )
+            _Device(device, positions, [entries[i] for i in positions], num_losses)
             for device, positions in by_device.items()
         ]
         self._schedules: list[DeviceSchedule | None] = [None] * len(self._devices)
@@ -93,21 +103,48 @@ class Execution:
             DeviceSchedule(to_device(plan, d.device), to_device(values, d.device)) for d in self._devices
         ]
 
-    def inspect(self, pending: list[list[Labelled]], ballots: list[Ballot]) -> None:
-        """Reads all pending gradients once."""
-        for d in self._devices:
-            sources = [as_sources(pending[i], d.device) for i in d.positions]
-            sources = [
-                [s._replace(grad=_in_layout(s.grad, entry.param)) for s in one]
-                for one, entry in zip(sources, d.table.entries, strict=True)
-            ]
+    def columns(self, pending: Pending) -> list[Column] | None:
+        """The gradients on each device, where all are of the kinds, at the places and in the layouts of the last step.
+
+        Then they need no other check.
+        """
+        if pending.column is None:
+            return None
+        label, grads = pending.column
+        columns = [Column(d.own(grads), label.scale, label.loss_id) for d in self._devices]
+        known = (d.sources.knows(column) for d, column in zip(self._devices, columns, strict=True))
+        return columns if all(known) else None
+
+    def inspect(self, pending: Pending, ballots: list[Ballot], columns: list[Column] | None = None) -> None:
+        """Reads all pending gradients once.
+
+        Args:
+            pending: The gradients of all parameters.
+            ballots: One for each loss.
+            columns: The same gradients, if `columns` returned them.
+        """
+        for i, d in enumerate(self._devices):
             local = [b if b.scale is None else b._replace(scale=b.scale.to(d.device)) for b in ballots]
-            d.sources.set(sources, local)
+            if columns is not None:
+                d.sources.set_column(columns[i], local)
+            else:
+                self._describe(d, pending, local)
             backend.of(d.device).inspect(d.table, d.sources)
+
+    def _describe(self, d: _Device, pending: Pending, ballots: list[Ballot]) -> None:
+        waiting = [as_sources(pending[i], d.device) for i in d.positions]
+        sources = [
+            [s._replace(grad=_in_layout(s.grad, entry.param)) for s in one]
+            for one, entry in zip(waiting, d.table.entries, strict=True)
+        ]
+        d.sources.set(sources, ballots)
+        if pending.column is not None and all(map(_same_grads, waiting, sources)):
+            label, grads = pending.column
+            d.sources.learn(Column(d.own(grads), label.scale, label.loss_id))
 
     def decide(
         self,
-        hyper: Sequence[Sequence[Any]],
+        hyper: list[list[Any]],
         max_norm: float,
         family: Family | None,
         found_inf: Tensor | None,
@@ -115,17 +152,15 @@ class Execution:
     ) -> None:
         """Decides about the step: the same on every device, from the verdicts of all."""
         for d, schedule in zip(self._devices, self._schedules, strict=True):
-            tables = [other.table for other in self._devices]
-            found = [t.found.to(d.device, non_blocking=True)[None] for t in tables]
-            partials = [t.partials.to(d.device, non_blocking=True) for t in tables]
+            found, partials = self._verdicts(d)
             local_votes = None
             if votes is not None and d is self._devices[0]:
                 local_votes = votes if votes.device == d.device else torch.zeros_like(votes, device=d.device)
             backend.of(d.device).decide(
                 d.table,
                 d.sources,
-                found[0] if len(found) == 1 else torch.cat(found),
-                partials[0] if len(partials) == 1 else torch.cat(partials),
+                found,
+                partials,
                 d.hyper.set(hyper, layout.HYPER),
                 d.max_norm.set([[max_norm]], 1),
                 family,
@@ -136,6 +171,26 @@ class Execution:
             if votes is not None and local_votes is not None and local_votes is not votes:
                 votes.copy_(local_votes, non_blocking=True)
 
+    def _verdicts(self, d: _Device) -> tuple[Tensor, Tensor]:
+        """int32[D, L] and float64[P], on one device: what inspect found on all of them."""
+        if len(self._devices) == 1:
+            return d.found, d.table.partials
+        found = [other.found.to(d.device, non_blocking=True) for other in self._devices]
+        partials = [other.table.partials.to(d.device, non_blocking=True) for other in self._devices]
+        return torch.cat(found), torch.cat(partials)
+
+    def upload(self, hyper: list[list[Any]], max_norm: float) -> None:
+        """Brings hyperparameters to the device, where they changed: for the replays of a CUDA graph."""
+        for d in self._devices:
+            d.hyper.set(hyper, layout.HYPER)
+            d.max_norm.set([[max_norm]], 1)
+
+    def written(self, pending: Pending, columns: list[Column] | None) -> list[Tensor]:
+        """The parameters that have gradients."""
+        if columns is None:
+            return [self.entries[i].param for i in pending.active]
+        return [param for d in self._devices for param in d.sources.of_active(d.params)]
+
     def update(self) -> None:
         """Applies the rules, where the decision is to step."""
         for d in self._devices:
@@ -145,7 +200,7 @@ class Execution:
     def release(self) -> None:
         """Lets go of the gradients, so that zeroing them frees their memory."""
         for d in self._devices:
-            d.sources.entries = []
+            d.sources.release()
 
     def unscaled(self, positions: Sequence[int], clipped: bool) -> dict[int, Tensor]:
         """The unscaled gradients of the last `inspect` in new FP32 tensors, one allocation for each device.
@@ -221,9 +276,8 @@ class Execution:
         return counted([(d.table, d.positions) for d in self._devices], loss_id)
 
 
-def memory_of(param: Tensor) -> tuple[Any, ...]:
-    """Where and how a parameter lies in memory: `.to(memory_format=...)` and `.data = ...` change it."""
-    return param.data_ptr(), param.shape, param.stride()
+def _same_grads(one: list[Source], other: list[Source]) -> bool:
+    return all(a.grad is b.grad for a, b in zip(one, other, strict=True))
 
 
 def _in_layout(grad: Tensor, param: Tensor) -> Tensor:

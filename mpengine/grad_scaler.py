@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
 from mpengine import checkpoint, plain
-from mpengine.gradients import Label, Labelled, Ledger
+from mpengine.gradients import Label, Ledger
 from mpengine.kernels import layout
+from mpengine.labels import Pending
 from mpengine.loss_scales import LossScales
-from mpengine.masters import Ballot
 from mpengine.report import LossReport, Report, loss_report
 from mpengine.scaling import FLOAT32_MAX, SMALLEST_SCALE, ScalePolicy, ScaleState
+from mpengine.sources import Ballot
 from mpengine.watchdog import Watchdog
 
 
@@ -259,12 +260,12 @@ class GradScaler(torch.amp.GradScaler):
             raise RuntimeError("unscale_() is being called after step().")
         self._unscale(optimizer, state, self._pending(optimizer))
 
-    def _unscale(self, optimizer: torch.optim.Optimizer, state: _OptimizerState, pending: list[list[Labelled]]) -> None:
+    def _unscale(self, optimizer: torch.optim.Optimizer, state: _OptimizerState, pending: Pending) -> None:
         row = self._vote_row(optimizer)
         unscale = getattr(optimizer, "_unscale", None)
         if unscale is not None:
             unscale()
-            found_inf = {row.device: (row[:, 0] >= layout.OVERFLOW).any().float()} if any(pending) else {}
+            found_inf = {row.device: (row[:, 0] >= layout.OVERFLOW).any().float()} if pending.active else {}
         else:
             found_inf = plain.unscale(optimizer, pending, row, self._ballots(state, pending))
         self._settle_votes(state, pending)
@@ -323,7 +324,7 @@ class GradScaler(torch.amp.GradScaler):
             raise RuntimeError("step() has already been called since the last update().")
         return state
 
-    def _end_step(self, optimizer: torch.optim.Optimizer, pending: list[list[Labelled]]) -> None:
+    def _end_step(self, optimizer: torch.optim.Optimizer, pending: Pending) -> None:
         state = self._state(optimizer)
         self._settle_votes(state, pending)
         self._consume(state, pending)
@@ -353,24 +354,24 @@ class GradScaler(torch.amp.GradScaler):
             self._states = alive
         return state
 
-    def _pending(self, optimizer: torch.optim.Optimizer) -> list[list[Labelled]]:
+    def _pending(self, optimizer: torch.optim.Optimizer) -> Pending:
         """The pending (label, gradient) pairs of each parameter, in order of loss_id."""
         self._state(optimizer)  # which watches it, with one loss
         return self._ledger.sources(optimizer, self._initialized("step").labels[0])
 
-    def _consume(self, state: _OptimizerState, pending: list[list[Labelled]]) -> None:
-        for label in {id(label): label for labelled in pending for label, _ in labelled}.values():
+    def _consume(self, state: _OptimizerState, pending: Pending) -> None:
+        for label in pending.labels:
             if label.scale is not None or not label.counted:
                 state.labels.setdefault(label.loss_id, []).append(label)
 
-    def _ballots(self, state: _OptimizerState, pending: list[list[Labelled]]) -> list[Ballot]:
+    def _ballots(self, state: _OptimizerState, pending: Pending) -> list[Ballot]:
         """How these gradients, and those that `unscale_` took before, vote on each loss."""
         labels = {k: list(consumed) for k, consumed in state.labels.items()}
-        for label in {id(label): label for labelled in pending for label, _ in labelled}.values():
+        for label in pending.labels:
             labels.setdefault(label.loss_id, []).append(label)
         return [_ballot(labels.get(k, [])) for k in range(self.num_losses)]
 
-    def _settle_votes(self, state: _OptimizerState, pending: list[list[Labelled]]) -> None:
+    def _settle_votes(self, state: _OptimizerState, pending: Pending) -> None:
         """An overflow that `unscale_` found is no longer anybody's in the unscaled sum: the first verdict holds."""
         before = state.overflowed
         if before is not None:
@@ -590,8 +591,8 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _any_scaled(pending: list[list[Labelled]]) -> bool:
-    return any(label.scale is not None for labelled in pending for label, _ in labelled)
+def _any_scaled(pending: Pending) -> bool:
+    return any(label.scale is not None for label in pending.labels)
 
 
 def _ballot(labels: list[Label]) -> Ballot:

@@ -18,14 +18,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from mpengine import distributed
 from mpengine.kernels import layout
-from mpengine.labels import UNSCALED, ZEROS, Label, Labelled, Record
-from mpengine.masters import Source
+from mpengine.labels import UNSCALED, ZEROS, Label, Labelled, Pending, Record, Snapshot
+from mpengine.sources import Source
 
 
 class _Pass:
@@ -63,6 +64,7 @@ class Ledger:
         self._by_hand: weakref.WeakKeyDictionary[torch.optim.Optimizer, tuple[int, Label | None]]
         self._by_hand = weakref.WeakKeyDictionary()
         self._records: dict[int, Record] = {}
+        self._snapshots: weakref.WeakKeyDictionary[torch.optim.Optimizer, Snapshot] = weakref.WeakKeyDictionary()
         self._pass: Callable[[], _Pass | None] = lambda: None
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
@@ -88,6 +90,7 @@ class Ledger:
                     "their scales differ, so their sum has no scale. Call backward() on each scaled loss, or add "
                     "the losses first and scale the sum."
                 )
+        self._expand()
         self._check_edits()
         if self.latest is not label or self._records or self._all_recorded():
             self._set_aside(label)
@@ -97,7 +100,7 @@ class Ledger:
         self._pass = weakref.ref(started)
         distributed.call_last(started.end)
 
-    def sources(self, optimizer: torch.optim.Optimizer, current: Label) -> list[list[Labelled]]:
+    def sources(self, optimizer: torch.optim.Optimizer, current: Label) -> Pending:
         """The pending gradients of each parameter, as (label, gradient) in order of loss_id.
 
         Args:
@@ -109,13 +112,16 @@ class Ledger:
                 there are several, or waits beside more than `layout.MAX_SOURCES` others.
         """
         self._close_pass()
-        self._check_edits()
+        self._expand()
         default = self._default_label(optimizer, current)
-        pending = [self._pending(param, default) for param in parameters(optimizer)]
+        if not self._records and default is not None:
+            return Pending(grads=[param.grad for param in parameters(optimizer)], label=default)
+        self._check_edits()
+        pending = Pending([self._pending(param, default) for param in parameters(optimizer)])
         self._check_averaged(optimizer, pending)
         return pending
 
-    def unscaled(self, optimizer: torch.optim.Optimizer, pending: list[list[Labelled]]) -> None:
+    def unscaled(self, optimizer: torch.optim.Optimizer, pending: Pending) -> None:
         """Every `.grad` has become the unscaled sum of what was pending."""
         for param, labelled in zip(parameters(optimizer), pending, strict=True):
             if labelled and param.grad is not None:
@@ -131,16 +137,34 @@ class Ledger:
             stepped: The optimizers whose gradients are spent.
         """
         spent = set(map(id, stepped))
+        local = distributed.unsynchronised()
+        if self._snapshots:
+            self._expand()
         for optimizer in self.optimizers:
-            self._record_all(optimizer, self._default_label(optimizer, current), id(optimizer) in spent)
+            default = self._default_label(optimizer, current)
+            if self._records or default is None:
+                self._record_all(optimizer, default, id(optimizer) in spent)
+            else:
+                self._snapshots[optimizer] = Snapshot(
+                    list(parameters(optimizer)), default, id(optimizer) in spent, local
+                )
             _, by_hand = self._by_hand.get(optimizer, (0, None))
             self._by_hand[optimizer] = (self.passes, by_hand)
 
     def renewed(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer has stepped: what is assigned by hand from here on is scaled again."""
         at, by_hand = self._by_hand.get(optimizer, (0, None))
-        self._record_all(optimizer, by_hand, spent=True)
-        self._by_hand[optimizer] = (at, None)
+        if by_hand is not None:
+            self._expand()
+            self._record_all(optimizer, by_hand, spent=True)
+            self._by_hand[optimizer] = (at, None)
+
+    def _expand(self) -> None:
+        """Turns what was noted of many gradients at once into records of those that are still there."""
+        if self._snapshots:
+            for snapshot in self._snapshots.values():
+                self._records.update(snapshot.records())
+            self._snapshots.clear()
 
     def _record_all(self, optimizer: torch.optim.Optimizer, default: Label | None, spent: bool) -> None:
         """Gives every gradient a record, where `default` says what those without one are."""
@@ -160,15 +184,23 @@ class Ledger:
             if label is not None:
                 record.note(grad, label, spent)
 
-    def zeroed(self, params: Iterable[Tensor]) -> None:
-        """The optimizer zeroed these gradients: what was set aside goes too; a `.grad` of zeros fits any scale."""
-        for param in params:
+    def zeroed(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer zeroed its gradients: what was set aside goes too; a `.grad` of zeros fits any scale."""
+        self._expand()
+        for param in parameters(optimizer):
             if param.grad is None:
                 self._records.pop(id(param), None)
             else:
                 if param.grad.dtype != param.dtype:  # left by unscale_; DistributedDataParallel refuses to add to it
                     param.grad = torch.zeros_like(param)
                 self._forget_aside(param).note(param.grad, ZEROS, spent=True)
+
+    def dropped(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer set all of its gradients to None."""
+        self._snapshots.pop(optimizer, None)
+        if self._records:
+            for param in parameters(optimizer):
+                self._records.pop(id(param), None)
 
     def _forget_aside(self, param: Tensor) -> Record:
         record = self._record(param)
@@ -222,7 +254,7 @@ class Ledger:
             )
         return sorted(pending, key=lambda pair: pair[0].loss_id)
 
-    def _check_averaged(self, optimizer: torch.optim.Optimizer, pending: list[list[Labelled]]) -> None:
+    def _check_averaged(self, optimizer: torch.optim.Optimizer, pending: Pending) -> None:
         """Refuses gradients of which DistributedDataParallel averaged a part alone: nothing would average the rest."""
         for param, labelled in zip(parameters(optimizer), pending, strict=True):
             record = self._records.get(id(param))
@@ -240,7 +272,8 @@ class Ledger:
         pending: list[tuple[Tensor, Label | None, list[Labelled]]] = []
         for optimizer in self.optimizers:  # all errors come first
             default = self._default_label(optimizer, label)
-            pending += [(p, self._label_of(p, default), self._pending(p, default)) for p in parameters(optimizer)]
+            waiting = [param for param in parameters(optimizer) if param.grad is not None]
+            pending += [(p, self._label_of(p, default), self._pending(p, default)) for p in waiting]
         for param, own, labelled in pending:
             if not labelled or own in (label, ZEROS):
                 continue
@@ -299,8 +332,7 @@ class Ledger:
 
 def parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
     """All parameters of an optimizer, group by group."""
-    for group in optimizer.param_groups:
-        yield from group["params"]
+    return chain.from_iterable([group["params"] for group in optimizer.param_groups])
 
 
 def as_sources(pending: list[Labelled], device: torch.device) -> list[Source]:

@@ -7,14 +7,17 @@ set things right, `adopt_outside_changes` lets masters follow.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Set
+from itertools import chain
+from operator import is_
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mpengine import distributed, validation
-from mpengine.execution import Execution, memory_of
+from mpengine.agreement import Noted, memory_of
+from mpengine.execution import Execution
 from mpengine.gradients import parameters
 from mpengine.masters import Entry, arena, same_layout
 from mpengine.rules import ASSIGN, Family, Rule
@@ -42,7 +45,8 @@ def register(optimizer: MixedPrecisionOptimizer, originals: Mapping[Tensor, Tens
         for param in local:
             filled = optimizer.state.get(param, {}).get("momentum_buffer") is not None
             held[param] = torch.full((), int(filled), dtype=torch.int32, device=device)
-    mark(optimizer, new)
+    if new:
+        optimizer._agreed.mark(new)
     if optimizer._family is not None:
         for g, group in enumerate(optimizer.param_groups):
             params = [p for p in group["params"] if p in held]
@@ -112,6 +116,63 @@ def entries(optimizer: MixedPrecisionOptimizer) -> dict[int, Entry]:
     return found
 
 
+class Known(NamedTuple):
+    """What an optimizer was when its tables were found to describe it."""
+
+    epoch: int  # of its agreement
+    params: list[Tensor]
+    frozen: list[Tensor]  # those without a master
+    sizes: list[int]  # of the groups
+    rules: list[Rule]
+    state: list[Any]  # see _state
+
+
+def known(optimizer: MixedPrecisionOptimizer) -> Known:
+    """For `is_unchanged` of a later step."""
+    agreed = optimizer._agreed
+    agreed.mark(p for p in optimizer._steps if p.dtype is torch.float32)  # each is its own master
+    if optimizer._family is not None:
+        for param, own in optimizer.state.items():
+            if not isinstance(own, Noted):
+                optimizer.state[param] = Noted(own, agreed)
+    params = list(parameters(optimizer))
+    return Known(
+        agreed.epoch,
+        params,
+        [param for param in params if param not in optimizer._steps],
+        [len(group["params"]) for group in optimizer.param_groups],
+        [_rule(optimizer, g) for g in range(len(optimizer.param_groups))],
+        _state(optimizer),
+    )
+
+
+def is_unchanged(optimizer: MixedPrecisionOptimizer, before: Known) -> bool:
+    """Whether groups, rules, state and parameters are what they were, without a look at the device or at each tensor.
+
+    All are then as the tables and the masters have them.
+    """
+    groups = optimizer.param_groups
+    return (
+        before.epoch == optimizer._agreed.epoch
+        and [len(group["params"]) for group in groups] == before.sizes
+        and _same(list(chain.from_iterable([group["params"] for group in groups])), before.params)
+        and [_rule(optimizer, g) for g in range(len(groups))] == before.rules
+        and _same(_state(optimizer), before.state)
+        and all(param.grad is None for param in before.frozen)
+        and optimizer._agreed.holds_all()
+    )
+
+
+def _same(now: list[Any], before: list[Any]) -> bool:
+    """Whether these are the very same objects; tensors would compare their elements."""
+    return len(now) == len(before) and all(map(is_, now, before))
+
+
+def _state(optimizer: MixedPrecisionOptimizer) -> list[Any]:
+    """The parameters that have state, and the dicts; what is put into those is noted."""
+    return [] if optimizer._family is None else [*optimizer.state, *optimizer.state.values()]
+
+
 def is_current(optimizer: MixedPrecisionOptimizer, execution: Execution) -> bool:
     """Whether the tables describe the parameters, their memory, their state and their rules as they are."""
     position = 0
@@ -148,11 +209,6 @@ def check_unmoved(optimizer: MixedPrecisionOptimizer) -> None:
         validation.check_unmoved(param, optimizer._masters.get(param, param), count.device, optimizer._name_of)
 
 
-def mark(optimizer: MixedPrecisionOptimizer, params: Iterable[Tensor]) -> None:
-    """Notes that masters agree with these parameters now; who writes one, or replaces its `.data`, is noticed."""
-    optimizer._agreed.update({p: (p._version, *memory_of(p)) for p in params})
-
-
 def _is_foreign(param: Tensor, master: Tensor) -> bool:
     low = param.dtype in (torch.float16, torch.bfloat16)
     return param.shape != master.shape or param.device != master.device or not low
@@ -165,7 +221,7 @@ def settled(optimizer: MixedPrecisionOptimizer, param: Tensor) -> Tensor:
     parameter, and the parameter elsewhere; a master that was loaded and put aside counts as the master then.
     """
     master = optimizer._masters[param].detach()
-    if _is_agreed(optimizer, param):
+    if optimizer._agreed.holds(param):
         return master
     aside = optimizer._loaded.get(param)
     master = master if aside is None else aside
@@ -184,10 +240,6 @@ def seen(optimizer: MixedPrecisionOptimizer, param: Tensor) -> Tensor:
     return settled(optimizer, param)
 
 
-def _is_agreed(optimizer: MixedPrecisionOptimizer, param: Tensor) -> bool:
-    return optimizer._agreed.get(param) == (param._version, *memory_of(param))
-
-
 @torch.no_grad()
 def adopt_outside_changes(optimizer: MixedPrecisionOptimizer, loaded: bool = True) -> None:
     """Where somebody else wrote a parameter, its master follows, element by element.
@@ -202,13 +254,13 @@ def adopt_outside_changes(optimizer: MixedPrecisionOptimizer, loaded: bool = Tru
     for param, master in optimizer._masters.items():
         if not loaded and (param not in optimizer._agreed or _is_foreign(param, master)):
             continue  # and what was changed beyond recognition is for the step to refuse
-        if not _is_agreed(optimizer, param):
+        if not optimizer._agreed.holds(param):
             if not loaded:
                 _keep(optimizer, param, master)
             master.copy_(settled(optimizer, param))
             if optimizer._loaded.get(param) is not None:
                 del optimizer._loaded[param]
-            mark(optimizer, [param])
+            optimizer._agreed.mark([param])
     if loaded:
         optimizer._loaded.clear()
         optimizer._before.clear()
@@ -221,7 +273,7 @@ def take_weights(optimizer: MixedPrecisionOptimizer, param: Tensor, value: Tenso
     _keep(optimizer, param, settled(optimizer, param))
     optimizer._masters[param].copy_(value)
     optimizer._loaded[param] = None
-    optimizer._agreed[param] = ()  # so that the parameter is looked at, even if it is not written after all
+    optimizer._agreed.doubt(param)  # so that the parameter is looked at, even if it is not written after all
 
 
 def _keep(optimizer: MixedPrecisionOptimizer, param: Tensor, master: Tensor) -> None:
@@ -238,7 +290,7 @@ def expect_weights(optimizer: MixedPrecisionOptimizer, param: Tensor) -> None:
     optimizer._loaded.pop(param, None)  # FP32 weights that came before are no longer the last word
     if param in optimizer._before:
         optimizer._masters[param].copy_(optimizer._before.pop(param))
-        optimizer._agreed[param] = ()
+        optimizer._agreed.doubt(param)
 
 
 @torch.no_grad()
@@ -252,8 +304,8 @@ def take_master(optimizer: MixedPrecisionOptimizer, param: Tensor, value: Tensor
     optimizer._before.pop(param, None)
     if param in optimizer._loaded and bool((master.to(param.dtype) == param).all()):
         optimizer._loaded[param] = torch.empty_like(master.detach()).copy_(value)
-        mark(optimizer, [param])
+        optimizer._agreed.mark([param])
         return
     optimizer._loaded.pop(param, None)
     master.copy_(value)
-    optimizer._agreed.pop(param, None)
+    optimizer._agreed.forget(param)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,10 +52,101 @@ class Label:
 
 
 Labelled = tuple[Label, Tensor]
+_version = attrgetter("_version")
 
 
 ZEROS = Label(0, None, counted=True)
 UNSCALED = Label(0, None, counted=True)
+
+
+class Pending(Sequence[list[Labelled]]):
+    """The gradients that wait on an optimizer's parameters: for each, (label, gradient) pairs in order of loss_id.
+
+    Args:
+        rows: Them, for each parameter.
+        grads: Instead, `.grad` of each parameter, where `label` is the label of all of them.
+        label: See `grads`.
+    """
+
+    def __init__(
+        self,
+        rows: list[list[Labelled]] | None = None,
+        *,
+        grads: list[Tensor | None] | None = None,
+        label: Label | None = None,
+    ) -> None:
+        self._rows, self._grads, self._label = rows, grads, label
+
+    @property
+    def column(self) -> tuple[Label, list[Tensor | None]] | None:
+        """The one label and the gradients, where there is one."""
+        return None if self._grads is None or self._label is None else (self._label, self._grads)
+
+    @property
+    def rows(self) -> list[list[Labelled]]:
+        """The pairs of each parameter."""
+        if self._rows is None:
+            assert self._grads is not None
+            assert self._label is not None
+            self._rows = [[] if grad is None else [(self._label, grad)] for grad in self._grads]
+        return self._rows
+
+    @property
+    def labels(self) -> list[Label]:
+        """Every label that occurs."""
+        if self._grads is not None and self._label is not None:
+            return [self._label] if self.active else []
+        return list({id(label): label for labelled in self.rows for label, _ in labelled}.values())
+
+    @property
+    def active(self) -> Sequence[int]:
+        """The positions of the parameters on which something is pending."""
+        if self._grads is not None:
+            return [i for i, grad in enumerate(self._grads) if grad is not None]
+        return [i for i, labelled in enumerate(self.rows) if labelled]
+
+    def __getitem__(self, position: int) -> list[Labelled]:  # type: ignore[override]  # no slices
+        return self.rows[position]
+
+    def __len__(self) -> int:
+        return len(self.rows if self._grads is None else self._grads)
+
+    def __iter__(self) -> Iterator[list[Labelled]]:
+        return iter(self.rows)
+
+
+class Snapshot:
+    """What a list of `Record` would say of gradients of one label, noted for all of them in a few calls.
+
+    Args:
+        params: The parameters.
+        label: What made `.grad` of each.
+        spent: See `Record`.
+        local: The ids of those that `no_sync()` kept from being averaged over ranks.
+    """
+
+    def __init__(self, params: Sequence[Tensor], label: Label, spent: bool, local: set[int]) -> None:
+        grads: list[Any] = [param.grad for param in params]
+        try:
+            self._grads = list(map(weakref.ref, grads))
+        except TypeError:  # there is no reference to None
+            params = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
+            grads = [grad for grad in grads if grad is not None]
+            self._grads = list(map(weakref.ref, grads))
+        self._params = params
+        self._versions = list(map(_version, grads))
+        self._label, self._spent, self._local = label, spent, local
+
+    def records(self) -> Iterator[tuple[int, Record]]:
+        """(id of the parameter, record) of those gradients that are still there."""
+        for param, reference, version in zip(self._params, self._grads, self._versions, strict=True):
+            grad: Tensor | None = reference()
+            if grad is not None and param.grad is grad:
+                record = Record(param)
+                record.note(grad, self._label, self._spent)
+                record.version = version
+                record.local = id(param) in self._local
+                yield id(param), record
 
 
 class Record:

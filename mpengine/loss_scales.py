@@ -12,8 +12,8 @@ from torch import Tensor
 from mpengine import backend
 from mpengine.gradients import Label
 from mpengine.kernels import layout
-from mpengine.masters import to_device
 from mpengine.scaling import ScalePolicy, ScaleState
+from mpengine.upload import to_device
 
 
 class LossScales:

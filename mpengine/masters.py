@@ -1,15 +1,15 @@
-"""Masters, optimizer state and gradients as the device sees them: flat FP32 arenas and the tables of pointers.
+"""Masters and optimizer state as the device sees them: flat FP32 arenas and the table of pointers.
 
-`Entry` is one tensor of an optimizer, `TensorTable` all of them on one device, `SourceTable` the gradients that
-a step consumes. Each table stands twice: as Python lists, which `mpengine.reference` reads, and as int64 rows
-on the device, which the kernels read (`kernels.layout` numbers the columns).
+`Entry` is one tensor of an optimizer, `TensorTable` all of them on one device. The table stands twice: as Python
+lists, which `mpengine.reference` reads, and as int64 rows on the device, which the kernels read (`kernels.layout`
+numbers the columns). `mpengine.sources` has the table of gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from mpengine.kernels import layout
 from mpengine.rules import Rule
+from mpengine.sources import KINDS
+from mpengine.upload import to_device
 
-KINDS = {torch.float16: layout.FLOAT16, torch.bfloat16: layout.BFLOAT16, torch.float32: layout.FLOAT32}
 _ARENA_ALIGNMENT = 64  # elements: every slice of an arena starts on 256 bytes
 
 
@@ -43,40 +44,11 @@ class Entry:
     write_back: bool
 
 
-class Source(NamedTuple):
-    """A gradient that waits for the step: `grad / scale` is its share of the true gradient."""
-
-    grad: Tensor
-    scale: Tensor | None  # float32, one element, on the gradient's device; None stands for 1.0
-    loss_id: int
-
-
 class DeviceSchedule(NamedTuple):
     """Hyperparameters of every step ahead, on the device."""
 
     plan: Tensor  # int64[layout.SCHEDULE]
     values: Tensor  # float64[rows, groups, scheduled hyperparameters]
-
-
-class Ballot(NamedTuple):
-    """How an optimizer consumes one loss: `layout.ABSENT`, `FRESH` or `STALE`, and the scale behind it."""
-
-    kind: int
-    scale: Tensor | None = None
-
-
-_captured: list[Tensor] = []  # staging buffers that a CUDA graph reads again at every replay
-
-
-def to_device(table: np.ndarray, device: torch.device) -> Tensor:
-    """Uploads a table without a sync: from pinned memory, which torch reuses only after the copy."""
-    host = torch.from_numpy(table)
-    if device.type != "cuda":
-        return host
-    host = host.pin_memory()
-    if torch.cuda.is_current_stream_capturing():
-        _captured.append(host)
-    return host.to(device, non_blocking=True)
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -145,6 +117,7 @@ class TensorTable:
         tallies: int32[P, L, layout.TALLY], what each program counts of each loss's scaled gradient; -1 at first.
         counts: int32[layout.COUNTS], steps taken and skipped.
         decision: float32[layout.DECISION].
+        launches: What the launchers keep between steps.
     """
 
     def __init__(self, entries: Sequence[Entry], num_losses: int, device: torch.device) -> None:
@@ -180,45 +153,5 @@ class TensorTable:
         programs = len(self.inspect_chunks)
         self.tallies = torch.full((programs, num_losses, layout.TALLY), -1, dtype=torch.int32, device=device)
         self.counts = torch.zeros(layout.COUNTS, dtype=torch.int32, device=device)
+        self.launches: dict[str, Any] = {}
         self.decision = to_device(np.array([0.0, 1.0, np.nan, 0.0], dtype=np.float32), device)
-
-
-class SourceTable:
-    """The gradients that one step consumes, and the ballots on their losses.
-
-    Attributes:
-        entries: For each tensor of a `TensorTable` its sources in order of loss_id; none for an idle tensor.
-        ballots: One for each loss.
-        rows: int64[T, width, layout.SOURCE].
-        ballot_rows: int64[L, layout.BALLOT].
-        kinds: The element kinds that occur among the gradients.
-        width: The most sources of any tensor; 1, or `layout.MAX_SOURCES`.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.entries: list[list[Source]] = []
-        self.ballots: list[Ballot] = []
-        self._uploaded: bytes | None = None
-
-    def set(self, entries: list[list[Source]], ballots: list[Ballot]) -> None:
-        """Describes the gradients of the next step; uploads only when a pointer changed, without a sync."""
-        self.entries, self.ballots = entries, ballots
-        self.width = 1 if max(map(len, entries), default=0) <= 1 else layout.MAX_SOURCES
-        self.kinds = frozenset(KINDS[source.grad.dtype] for sources in entries for source in sources)
-        count = len(entries) * self.width * layout.SOURCE
-        table = np.zeros(count + len(ballots) * layout.BALLOT, dtype=np.int64)
-        rows = table[:count].reshape(len(entries), self.width, layout.SOURCE)
-        for row, sources in zip(rows, entries, strict=True):
-            for column, (grad, scale, loss_id) in zip(row, sources, strict=False):
-                pointer = grad.data_ptr() or 16  # an empty gradient has no address, but its tensor takes the step
-                aligned = layout.ALIGNED if pointer % 16 == 0 else 0
-                column[:] = (pointer, 0 if scale is None else scale.data_ptr(), KINDS[grad.dtype] + aligned, loss_id)
-        for row, ballot in zip(table[count:].reshape(-1, layout.BALLOT), ballots, strict=True):
-            row[:] = (ballot.kind, 0 if ballot.scale is None else ballot.scale.data_ptr())
-        content = table.tobytes()
-        if content != self._uploaded:
-            self._device_table = to_device(table, self.device)
-            self._uploaded = content
-        self.rows = self._device_table[:count].view(len(entries), self.width, layout.SOURCE)
-        self.ballot_rows = self._device_table[count:].view(len(ballots), layout.BALLOT)

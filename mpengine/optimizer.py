@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpengine import checkpoint, general, holdings, validation, weights
+from mpengine import checkpoint, distributed, general, holdings, validation, weights
+from mpengine.agreement import Agreement
 from mpengine.execution import Execution
 from mpengine.grad_scaler import GradScaler
-from mpengine.gradients import Label, Labelled, parameters
+from mpengine.gradients import Label, parameters
 from mpengine.kernels import layout
-from mpengine.masters import Ballot
+from mpengine.labels import Labelled, Pending
 from mpengine.rules import family_of
+from mpengine.sources import Ballot
 from mpengine.tally import Tally
 from mpengine.timetable import Timetable
 from mpengine.unroll import unroll
@@ -71,7 +73,8 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
         self._execution: Execution | None = None
         self._masters: dict[Tensor, Tensor] = {}  # of fp16 and bf16 parameters that are trained
         self._steps: dict[Tensor, Tensor] = {}  # int32, 0-dim; has every parameter that is trained
-        self._agreed: dict[Tensor, tuple[Any, ...]] = {}  # parameters' versions and places, see holdings.mark
+        self._agreed = Agreement()
+        self._known: holdings.Known | None = None  # what the tables were last found to describe
         self._loaded: dict[Tensor, Tensor | None] = {}  # by FP32 weights, see holdings.take_master
         self._before: dict[Tensor, Tensor] = {}  # masters that other weights replaced since the last step
         self._unscaled: dict[Tensor, Tensor] = {}  # the FP32 gradients that unscale_ put on parameters and masters
@@ -163,13 +166,18 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
 
     def _ready(self) -> Execution:
         """The tables, made anew where the parameters, their memory, their state or their rules changed."""
-        holdings.check_unmoved(self)
         scaler = self._active_scaler()
         num_losses = 1 if scaler is None else scaler.num_losses
-        execution = self._execution
-        if execution is None or execution.num_losses != num_losses or not holdings.is_current(self, execution):
+        execution, known = self._execution, self._known
+        usable = execution is not None and execution.num_losses == num_losses
+        if execution is not None and usable and known is not None and holdings.is_unchanged(self, known):
+            distributed.share_masters(self, self._masters)
+            return execution
+        holdings.check_unmoved(self)
+        if execution is None or not usable or not holdings.is_current(self, execution):
             execution = self._build(num_losses)
         holdings.adopt_outside_changes(self)
+        self._known = holdings.known(self)
         return execution
 
     def _build(self, num_losses: int) -> Execution:
@@ -223,7 +231,10 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
         state = None if scaler is None else scaler._begin_step(self)
         execution = self._ready()
         pending = self._gather()
-        if not any(pending):
+        columns = None if self._unscaled else execution.columns(pending)
+        if columns is None:
+            pending = self._checked(pending)
+        if columns is None and not pending.active:
             if scaler is not None:
                 raise AssertionError(
                     "No inf checks were recorded for this optimizer: no parameter has a gradient. Call "
@@ -234,15 +245,14 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
         votes = None if scaler is None else scaler._vote_row(self)
         # From torch.amp.GradScaler, or what unscale_ found: a gradient that was repaired since does not undo the skip.
         found_inf = getattr(self, "found_inf", None) if state is None else next(iter(state.found_inf.values()), None)
-        hyper = [self._family.hyperparameters(group) for group in self.param_groups] if self._family else [[0.0]]
-        execution.inspect(pending, ballots)
-        execution.decide(hyper, self._max_grad_norm or math.inf, self._family, found_inf, votes)
+        execution.inspect(pending, ballots, columns)
+        execution.decide(*self._numbers(), self._family, found_inf, votes)
         if self._family is not None:
             execution.update()
         elif not execution.skipped:
             self._step_inner(execution, pending)
+        self._finish(execution.written(pending, columns))
         execution.release()
-        self._finish(execution, pending)
         if scaler is not None:
             scaler._end_step(self, pending)
         return loss
@@ -250,27 +260,43 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
     def _active_scaler(self) -> GradScaler | None:
         return self._scaler if self._scaler is not None and self._scaler.is_enabled() else None
 
-    def _gather(self) -> list[list[Labelled]]:
-        """The pending gradients of each parameter; refused, before anything changed, where one cannot be stepped."""
+    def _numbers(self) -> tuple[list[list[Any]], float]:
+        """The hyperparameters of each group, and the norm that the gradient is clipped to."""
+        family = self._family
+        hyper = [[0.0]] if family is None else [list(family.hyperparameters(group)) for group in self.param_groups]
+        return hyper, self._max_grad_norm or math.inf
+
+    def _gather(self) -> Pending:
+        """The pending gradients of each parameter."""
         scaler = self._active_scaler()
         if scaler is not None:
-            pending = scaler._pending(self)
-        else:
-            label = Label(0, getattr(self, "grad_scale", None))
-            pending = [[] if p.grad is None else [(label, p.grad)] for p in parameters(self)]
+            return scaler._pending(self)
+        return Pending(grads=[p.grad for p in parameters(self)], label=Label(0, getattr(self, "grad_scale", None)))
+
+    def _checked(self, pending: Pending) -> Pending:
+        """The gradients that are stepped; refused, before anything changed, where one cannot be."""
+        if self._unscaled:
+            pending = Pending(
+                [self._edited(p, labelled) for p, labelled in zip(parameters(self), pending, strict=True)]
+            )
         for param, labelled in zip(parameters(self), pending, strict=True):
-            master = self._masters.get(param)
-            for i, (label, grad) in enumerate(labelled):
-                if master is not None and grad is self._unscaled.get(param):  # the user may have edited it there
-                    labelled[i : i + 1] = [] if master.grad is None else [(label, master.grad)]
             for _, grad in labelled:
                 validation.check_grad(param, grad, self._name_of)
         return pending
 
-    def _step_inner(self, execution: Execution, pending: list[list[Labelled]]) -> None:
+    def _edited(self, param: Tensor, labelled: list[Labelled]) -> list[Labelled]:
+        """The gradient that unscale_ put there is the master's: the user may have edited, or dropped, it there."""
+        master, known = self._masters.get(param), self._unscaled.get(param)
+        if master is None:
+            return labelled
+        grad = master.grad
+        theirs = [(label, grad if old is known else old) for label, old in labelled]
+        return [(label, chosen) for label, chosen in theirs if chosen is not None]
+
+    def _step_inner(self, execution: Execution, pending: Pending) -> None:
         """The wrapped optimizer steps on the masters with unscaled, clipped FP32 gradients."""
-        active = [i for i, labelled in enumerate(pending) if labelled]
-        grads = {execution.entries[i].param: grad for i, grad in execution.unscaled(active, clipped=True).items()}
+        unscaled = execution.unscaled(pending.active, clipped=True)
+        grads = {execution.entries[i].param: grad for i, grad in unscaled.items()}
         counts = execution.get_counts()
         table = self._timetable
         try:
@@ -284,14 +310,16 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
                 for param, master in self._masters.items():
                     param.copy_(master)
 
-    def _finish(self, execution: Execution, pending: list[list[Labelled]]) -> None:
-        written = [execution.entries[i].param for i, labelled in enumerate(pending) if labelled]
+    def _finish(self, written: list[Tensor]) -> None:
         if self._family is not None:  # the kernels' writes are invisible to autograd until it is told
             torch.autograd.graph.increment_version(written)
-        holdings.mark(self, self._masters)
-        for master in self._masters.values():
-            master.grad = None
-        self._unscaled.clear()
+            self._agreed.written(written)
+        else:
+            self._agreed.mark(self._masters)
+        if self._unscaled:
+            for master in self._masters.values():
+                master.grad = None
+            self._unscaled.clear()
 
     def _attach(self, scaler: GradScaler) -> None:
         if self._scaler is None:
@@ -307,10 +335,10 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
         """`scaler.unscale_`: the unscaled FP32 sum becomes `.grad` of masters and parameters."""
         assert self._scaler is not None
         execution = self._ready()
-        pending = self._gather()
+        pending = self._checked(self._gather())
         ballots = self._scaler._ballots(self._scaler._state(self), pending)
         execution.inspect(pending, ballots)
-        grads = execution.unscaled([i for i, labelled in enumerate(pending) if labelled], clipped=False)
+        grads = execution.unscaled(pending.active, clipped=False)
         execution.cast_votes(self._scaler._vote_row(self), ballots)
         execution.release()
         for master in self._masters.values():
@@ -328,7 +356,8 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
             master.grad = None
         self._unscaled.clear()
         if self._scaler is not None:
-            self._scaler._ledger.zeroed(parameters(self))
+            ledger = self._scaler._ledger
+            ledger.dropped(self) if set_to_none else ledger.zeroed(self)
 
     def schedule(
         self, make_scheduler: Callable[[torch.optim.Optimizer], Any] | None, *, steps: int | None = None, start: int = 0
@@ -485,7 +514,8 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
         self._family = family_of(self._inner)
         self._execution = None
         self._unscaled = {}
-        self._agreed = {}
+        self._agreed = Agreement()
+        self._known = None
         self._loaded = {}
         self._before = {}
         if self._scaler is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,13 +12,13 @@ from torch import Tensor
 
 from mpengine.gradients import Label, Labelled, parameters
 from mpengine.kernels import layout
-from mpengine.masters import Ballot
+from mpengine.sources import Ballot
 from mpengine.tally import Tally
 
 
 @torch.no_grad()
 def unscale(
-    optimizer: torch.optim.Optimizer, pending: list[list[Labelled]], votes: Tensor, ballots: list[Ballot]
+    optimizer: torch.optim.Optimizer, pending: Sequence[list[Labelled]], votes: Tensor, ballots: list[Ballot]
 ) -> dict[torch.device, Tensor]:
     """Turns `.grad` of every parameter into the unscaled sum of its pending gradients, and casts the votes.
 
@@ -71,7 +72,7 @@ def _check_results(
     optimizer: torch.optim.Optimizer,
     found: dict[torch.device, Tensor],
     ballots: list[Ballot],
-    pending: list[list[Labelled]],
+    pending: Sequence[list[Labelled]],
 ) -> None:
     """A finite gradient may overflow as it is multiplied by 1 / scale, or added to another: look at the result too."""
     consumed = [i for i, ballot in enumerate(ballots) if ballot.kind != layout.ABSENT]

@@ -28,9 +28,10 @@ import torch
 from torch import Tensor
 
 from mpengine.kernels import layout
-from mpengine.masters import DeviceSchedule, Source, SourceTable, TensorTable, flat
+from mpengine.masters import DeviceSchedule, TensorTable, flat
 from mpengine.rules import Family, Rule
 from mpengine.scaling import ScalePolicy, ScaleState, Vote, next_state
+from mpengine.sources import Source, SourceTable
 
 BLOCK = 4 * layout.INSPECT_CHUNK  # elements: the temporaries of a block (about 2 MB) stay in the cache
 _INFINITY_BITS = int(np.float32(np.inf).view(np.int32))

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from mpengine.gradients import parameters
-from mpengine.masters import KINDS, is_dense
+from mpengine.masters import is_dense
+from mpengine.sources import KINDS
 
 wrappers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # every MixedPrecisionOptimizer alive
 

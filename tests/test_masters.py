@@ -8,18 +8,9 @@ import torch
 from torch import nn
 
 from mpengine.kernels import layout
-from mpengine.masters import (
-    Ballot,
-    Entry,
-    Source,
-    SourceTable,
-    TensorTable,
-    arena,
-    flat,
-    is_dense,
-    same_layout,
-)
+from mpengine.masters import Entry, TensorTable, arena, flat, is_dense, same_layout
 from mpengine.rules import ADAM, SGD
+from mpengine.sources import Ballot, Source, SourceTable
 from tests.harness import BRAIN, HALF, SINGLE, same_bits
 
 CPU = torch.device("cpu")

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from mpengine import reference, rules
 from mpengine.kernels import launch, layout
-from mpengine.masters import Ballot, Entry, Source, SourceTable, TensorTable
+from mpengine.masters import Entry, TensorTable
+from mpengine.sources import Ballot, Source, SourceTable
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PAD = 64  # sentinel elements on either side: 128 bytes at least, so that buffers start on 16 bytes

@@ -8,8 +8,9 @@ import triton
 
 from mpengine import rules
 from mpengine.kernels import launch, layout
-from mpengine.masters import Ballot, Entry, Source, SourceTable, TensorTable
+from mpengine.masters import Entry, TensorTable
 from mpengine.scaling import ScalePolicy
+from mpengine.sources import Ballot, Source, SourceTable
 from tests.kernels.harness import DEVICE, HALF, SINGLE, Grad, Problem, Spec, build, run_decide, run_inspect, run_update
 
 TENSORS = (Spec((70001,)), Spec((1025,), SINGLE), Spec((3,), grads=()))
