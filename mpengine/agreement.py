@@ -9,12 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from mpengine.alike import Alike
-
 _version = attrgetter("_version")
 
 
-class Noted(dict[str, Any]):
+class _Noted(dict[str, Any]):
     """A parameter's state in the optimizer, a dict like any other; whoever puts something else into it is noticed."""
 
     def __init__(self, content: dict[str, Any], agreement: Agreement) -> None:
@@ -28,7 +26,7 @@ class Noted(dict[str, Any]):
 def _noting(name: str) -> Any:
     change = getattr(dict, name)
 
-    def method(self: Noted, *args: Any, **kwargs: Any) -> Any:
+    def method(self: _Noted, *args: Any, **kwargs: Any) -> Any:
         self._agreement.epoch += 1
         return change(self, *args, **kwargs)
 
@@ -36,7 +34,15 @@ def _noting(name: str) -> Any:
 
 
 for _name in ("__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault", "update"):
-    setattr(Noted, _name, _noting(_name))
+    setattr(_Noted, _name, _noting(_name))
+
+
+def noted(state: dict[str, Any], agreement: Agreement) -> dict[str, Any]:
+    """The state of a parameter in a dict that starts a new epoch of `agreement` when somebody changes it.
+
+    Copies of it, pickled ones too, are plain dicts.
+    """
+    return state if isinstance(state, _Noted) and state._agreement is agreement else _Noted(state, agreement)
 
 
 def memory_of(tensor: Tensor) -> tuple[Any, ...]:
@@ -59,28 +65,29 @@ class Agreement:
         self._memory: list[tuple[Any, ...]] = []
         self._doubtful: set[int] = set()
         self._unknown: set[int] = set()
-        self._together: tuple[list[int], Alike] | None = None  # pointers and kinds of all
+        self._pointers: list[int] = []
 
     def mark(self, params: Iterable[Tensor]) -> None:
         """These agree, as they are."""
         for param in params:
             place = self._place(param)
             self._versions[place], self._memory[place] = param._version, memory_of(param)
+            self._pointers[place] = self._memory[place][0]
             self._doubtful.discard(place)
             self._unknown.discard(place)
-        self._changed()
+        self.epoch += 1
 
     def doubt(self, param: Tensor) -> None:
         """This one is to be compared with its master, whether somebody writes it or not."""
         place = self._place(param)
         self._doubtful.add(place)
         self._unknown.discard(place)
-        self._changed()
+        self.epoch += 1
 
     def forget(self, param: Tensor) -> None:
         """Nothing is known of this one any more."""
         self._unknown.add(self._place(param))
-        self._changed()
+        self.epoch += 1
 
     def __contains__(self, param: Tensor) -> bool:
         """Whether this one has been marked or doubted, and not forgotten."""
@@ -94,15 +101,13 @@ class Agreement:
         return self._versions[place] == param._version and self._memory[place] == memory_of(param)
 
     def holds_all(self) -> bool:
-        """Whether every one agrees. False, too, where only what `Alike` sees besides has changed."""
+        """Whether every one agrees, as far as versions and addresses tell.
+
+        Another shape or dtype in the same memory shows in the gradients.
+        """
         if self._doubtful or self._unknown or list(map(_version, self._params)) != self._versions:
             return False
-        if self._together is None:
-            if not all(map(self.holds, self._params)):
-                return False
-            self._together = [memory[0] for memory in self._memory], Alike(self._params)
-        pointers, kinds = self._together
-        return list(map(Tensor.data_ptr, self._params)) == pointers and kinds.holds(self._params)
+        return list(map(Tensor.data_ptr, self._params)) == self._pointers
 
     def written(self, params: Sequence[Tensor]) -> None:
         """We wrote these, which agreed, where they lie: their versions have grown by one, and they agree again."""
@@ -118,8 +123,5 @@ class Agreement:
             self._params.append(param)
             self._versions.append(0)
             self._memory.append(())
+            self._pointers.append(0)
         return place
-
-    def _changed(self) -> None:
-        self.epoch += 1
-        self._together = None

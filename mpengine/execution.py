@@ -35,16 +35,12 @@ class _Numbers:
 
     def set(self, rows: list[list[Any]], width: int) -> Tensor:
         """float64[len(rows), width]; a tensor on a GPU (a capturable lr) is copied there each time."""
+        moving = []
         if any(isinstance(value, Tensor) for row in rows for value in row):
             moving = [(i, j, v) for i, row in enumerate(rows) for j, v in enumerate(row) if _on_cuda(v)]
             rows = [[0.0 if _on_cuda(value) else float(value) for value in row] for row in rows]
-        else:
-            moving = []
         if self._table is None or rows != self._known:
-            table = np.zeros((len(rows), width))
-            for i, row in enumerate(rows):
-                table[i, : len(row)] = row
-            self._table = self._mirror.follow(table)
+            self._table = self._mirror.follow(np.array([row + [0.0] * (width - len(row)) for row in rows]))
             self._known = rows
         for i, j, value in moving:
             self._table[i, j].copy_(value, non_blocking=True)
@@ -111,9 +107,13 @@ class Execution:
         if pending.column is None:
             return None
         label, grads = pending.column
-        columns = [Column(d.own(grads), label.scale, label.loss_id) for d in self._devices]
-        known = (d.sources.knows(column) for d, column in zip(self._devices, columns, strict=True))
-        return columns if all(known) else None
+        columns = []
+        for d in self._devices:
+            column = Column(d.own(grads), label.scale, label.loss_id)
+            if not d.sources.knows(column):
+                return None
+            columns.append(column)
+        return columns
 
     def inspect(self, pending: Pending, ballots: list[Ballot], columns: list[Column] | None = None) -> None:
         """Reads all pending gradients once.
@@ -124,7 +124,9 @@ class Execution:
             columns: The same gradients, if `columns` returned them.
         """
         for i, d in enumerate(self._devices):
-            local = [b if b.scale is None else b._replace(scale=b.scale.to(d.device)) for b in ballots]
+            local = ballots
+            if any(b.scale is not None for b in ballots):
+                local = [b if b.scale is None else b._replace(scale=b.scale.to(d.device)) for b in ballots]
             if columns is not None:
                 d.sources.set_column(columns[i], local)
             else:
@@ -190,6 +192,10 @@ class Execution:
         if columns is None:
             return [self.entries[i].param for i in pending.active]
         return [param for d in self._devices for param in d.sources.of_active(d.params)]
+
+    def trained(self) -> list[Tensor]:
+        """Every parameter that has a master, or is its own."""
+        return [param for d in self._devices for param in d.params]
 
     def update(self) -> None:
         """Applies the rules, where the decision is to step."""

@@ -366,10 +366,10 @@ class GradScaler(torch.amp.GradScaler):
 
     def _ballots(self, state: _OptimizerState, pending: Pending) -> list[Ballot]:
         """How these gradients, and those that `unscale_` took before, vote on each loss."""
-        labels = {k: list(consumed) for k, consumed in state.labels.items()}
+        labels: list[list[Label]] = [[*state.labels.get(k, ())] for k in range(self.num_losses)]
         for label in pending.labels:
-            labels.setdefault(label.loss_id, []).append(label)
-        return [_ballot(labels.get(k, [])) for k in range(self.num_losses)]
+            labels[label.loss_id].append(label)
+        return list(map(_ballot, labels))
 
     def _settle_votes(self, state: _OptimizerState, pending: Pending) -> None:
         """An overflow that `unscale_` found is no longer anybody's in the unscaled sum: the first verdict holds."""
@@ -425,6 +425,11 @@ class GradScaler(torch.amp.GradScaler):
                 self._renew(state)
         if new_scale is None:
             self._watchdog.look(device_state.counters, self._loss_report)
+
+    def _after_replay(self) -> None:
+        """A CUDA graph has replayed an update: looks out for a collapse, as `update` does."""
+        if self._device_state is not None:
+            self._watchdog.look(self._device_state.counters, self._loss_report)
 
     def _renew(self, state: _OptimizerState) -> None:
         state.reset()

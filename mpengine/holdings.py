@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from mpengine import distributed, validation
-from mpengine.agreement import Noted, memory_of
+from mpengine.agreement import memory_of, noted
+from mpengine.alike import Alike
 from mpengine.execution import Execution
 from mpengine.gradients import parameters
 from mpengine.masters import Entry, arena, same_layout
@@ -121,10 +122,11 @@ class Known(NamedTuple):
 
     epoch: int  # of its agreement
     params: list[Tensor]
+    kinds: Alike  # of the parameters
     frozen: list[Tensor]  # those without a master
     sizes: list[int]  # of the groups
     rules: list[Rule]
-    state: list[Any]  # see _state
+    state: list[tuple[Tensor, Any]]
 
 
 def known(optimizer: MixedPrecisionOptimizer) -> Known:
@@ -133,16 +135,16 @@ def known(optimizer: MixedPrecisionOptimizer) -> Known:
     agreed.mark(p for p in optimizer._steps if p.dtype is torch.float32)  # each is its own master
     if optimizer._family is not None:
         for param, own in optimizer.state.items():
-            if not isinstance(own, Noted):
-                optimizer.state[param] = Noted(own, agreed)
+            optimizer.state[param] = noted(own, agreed)
     params = list(parameters(optimizer))
     return Known(
         agreed.epoch,
         params,
+        Alike(params),
         [param for param in params if param not in optimizer._steps],
         [len(group["params"]) for group in optimizer.param_groups],
         [_rule(optimizer, g) for g in range(len(optimizer.param_groups))],
-        _state(optimizer),
+        list(optimizer.state.items()),
     )
 
 
@@ -155,22 +157,17 @@ def is_unchanged(optimizer: MixedPrecisionOptimizer, before: Known) -> bool:
     return (
         before.epoch == optimizer._agreed.epoch
         and [len(group["params"]) for group in groups] == before.sizes
-        and _same(list(chain.from_iterable([group["params"] for group in groups])), before.params)
+        and all(map(is_, parameters(optimizer), before.params))
         and [_rule(optimizer, g) for g in range(len(groups))] == before.rules
-        and _same(_state(optimizer), before.state)
+        and (optimizer._family is None or _same_state(optimizer.state, before.state))
         and all(param.grad is None for param in before.frozen)
         and optimizer._agreed.holds_all()
     )
 
 
-def _same(now: list[Any], before: list[Any]) -> bool:
-    """Whether these are the very same objects; tensors would compare their elements."""
-    return len(now) == len(before) and all(map(is_, now, before))
-
-
-def _state(optimizer: MixedPrecisionOptimizer) -> list[Any]:
-    """The parameters that have state, and the dicts; what is put into those is noted."""
-    return [] if optimizer._family is None else [*optimizer.state, *optimizer.state.values()]
+def _same_state(now: dict[Tensor, Any], before: list[tuple[Tensor, Any]]) -> bool:
+    """Whether the same parameters have the same dicts; what is put into those is noted."""
+    return len(now) == len(before) and all(map(is_, chain.from_iterable(now.items()), chain.from_iterable(before)))
 
 
 def is_current(optimizer: MixedPrecisionOptimizer, execution: Execution) -> bool:

@@ -95,7 +95,7 @@ class Pending(Sequence[list[Labelled]]):
     def labels(self) -> list[Label]:
         """Every label that occurs."""
         if self._grads is not None and self._label is not None:
-            return [self._label] if self.active else []
+            return [self._label] if any(grad is not None for grad in self._grads) else []
         return list({id(label): label for labelled in self.rows for label, _ in labelled}.values())
 
     @property

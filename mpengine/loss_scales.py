@@ -28,17 +28,20 @@ class LossScales:
     def __init__(self, states: Sequence[ScaleState], policy: ScalePolicy, device: torch.device, rows: int) -> None:
         self.scales = to_device(np.array([s.scale for s in states], dtype=np.float32), device)
         self.counters = to_device(np.array([s.counters() for s in states], dtype=np.int32), device)
-        self.labels = [Label(k, self.scales[k]) for k in range(len(states))]
         self._previous = self.scales.clone()  # float32[L], from before the last update
+        self._each = list(zip(self.scales.unbind(), self._previous.unbind(), strict=True))  # their elements
+        self.labels = [Label(k, scale) for k, (scale, _) in enumerate(self._each)]
         self._retired: list[weakref.ref[Label] | None] = [None] * len(states)  # whose scale is in _previous
         self._votes = torch.zeros(rows, len(states), layout.VOTE, dtype=torch.float32, device=device)
+        self._vote_rows = list(self._votes)
         self._policy = to_device(np.array(policy.row()), device)
 
     def vote_row(self, row: int) -> Tensor:
         """float32[L, layout.VOTE]: the votes of one optimizer."""
-        while row >= len(self._votes):
+        while row >= len(self._vote_rows):
             self._votes = torch.cat([self._votes, torch.zeros_like(self._votes)])
-        return self._votes[row]
+            self._vote_rows = list(self._votes)
+        return self._vote_rows[row]
 
     def update(self, consumed: dict[int, list[Label]], losses: Sequence[int]) -> None:
         """Moves the scales of `losses` by the votes; `consumed` holds the labels that the votes are about."""
@@ -91,8 +94,8 @@ class LossScales:
         self._retired[loss_id] = None
         old = self.labels[loss_id]
         if fresh:  # update_scale writes the old value there
-            old.scale = self._previous[loss_id]
+            old.scale = self._each[loss_id][1]
             self._retired[loss_id] = weakref.ref(old)
         else:
             old.scale = self.scales[loss_id].clone()
-        self.labels[loss_id] = Label(loss_id, self.scales[loss_id])
+        self.labels[loss_id] = Label(loss_id, self._each[loss_id][0])

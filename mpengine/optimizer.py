@@ -164,21 +164,41 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
         self._execution = None
         holdings.register(self, originals or {}, set(also))
 
-    def _ready(self) -> Execution:
-        """The tables, made anew where the parameters, their memory, their state or their rules changed."""
-        scaler = self._active_scaler()
-        num_losses = 1 if scaler is None else scaler.num_losses
-        execution, known = self._execution, self._known
-        usable = execution is not None and execution.num_losses == num_losses
-        if execution is not None and usable and known is not None and holdings.is_unchanged(self, known):
+    def _ready(self, look: bool = False) -> Execution:
+        """The tables, made anew where the parameters, their memory, their state or their rules changed.
+
+        Args:
+            look: Whether to see another shape or dtype in a parameter's old memory, too, which otherwise shows in the
+                kinds of the gradients.
+        """
+        known = self._known
+        if self._is_unchanged() and known is not None and not (look and not known.kinds.holds(known.params)):
+            assert self._execution is not None
             distributed.share_masters(self, self._masters)
-            return execution
+            return self._execution
+        return self._looked_over()
+
+    def _is_unchanged(self) -> bool:
+        return (
+            self._execution is not None
+            and self._known is not None
+            and self._execution.num_losses == self._num_losses()
+            and holdings.is_unchanged(self, self._known)
+        )
+
+    def _looked_over(self) -> Execution:
+        """The tables, after a look at every tensor."""
         holdings.check_unmoved(self)
-        if execution is None or not usable or not holdings.is_current(self, execution):
+        execution, num_losses = self._execution, self._num_losses()
+        if execution is None or execution.num_losses != num_losses or not holdings.is_current(self, execution):
             execution = self._build(num_losses)
         holdings.adopt_outside_changes(self)
         self._known = holdings.known(self)
         return execution
+
+    def _num_losses(self) -> int:
+        scaler = self._active_scaler()
+        return 1 if scaler is None else scaler.num_losses
 
     def _build(self, num_losses: int) -> Execution:
         self._register()
@@ -233,6 +253,7 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
         pending = self._gather()
         columns = None if self._unscaled else execution.columns(pending)
         if columns is None:
+            execution = self._ready(look=True)
             pending = self._checked(pending)
         if columns is None and not pending.active:
             if scaler is not None:
@@ -334,7 +355,7 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
     def _unscale(self) -> None:
         """`scaler.unscale_`: the unscaled FP32 sum becomes `.grad` of masters and parameters."""
         assert self._scaler is not None
-        execution = self._ready()
+        execution = self._ready(look=True)
         pending = self._checked(self._gather())
         ballots = self._scaler._ballots(self._scaler._state(self), pending)
         execution.inspect(pending, ballots)
@@ -400,6 +421,27 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
         if self._timetable is None:
             return now
         return [{**own, **row} for own, row in zip(now, self._timetable.values(self.steps_taken), strict=True)]
+
+    # Replays of a CUDA graph.
+
+    def _before_replay(self) -> bool:
+        """Brings to the device what the host changed since the last step: hyperparameters, and weights into masters.
+
+        Returns:
+            Whether the tables that a captured step reads still describe this optimizer. If not, capture again.
+        """
+        if self._timetable is not None:
+            self._timetable.check(self.param_groups)
+        execution = self._execution
+        if execution is None or self._ready(look=True) is not execution:
+            return False
+        execution.upload(*self._numbers())
+        return True
+
+    def _after_replay(self) -> None:
+        """The graph has written every parameter that had a gradient when it was captured; to be safe, say all."""
+        if self._execution is not None:
+            self._finish(self._execution.trained())
 
     # What happened. Each of these waits for the device.
 

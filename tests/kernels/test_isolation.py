@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "kernels").glob("*.py"))
 WITHOUT_TRITON = {"__init__", "layout"}
-ALLOWED = {"__future__", "collections", "contextlib", "typing", "numpy", "torch", "triton"}
+ALLOWED = {"__future__", "collections", "contextlib", "typing", "numpy", "operator", "torch", "triton"}
 
 
 def imported(tree):
