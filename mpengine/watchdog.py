@@ -45,12 +45,13 @@ class LossScaleCollapse(RuntimeError):
 class Watchdog:
     """Raises `LossScaleCollapse` after `limit` overflows in a row of one loss and at each that follows; None: never.
 
-    On a CPU it looks at once. On CUDA each look starts a copy of the counters into pinned memory and judges the
-    last copy that has arrived, so it notices a few updates late.
+    On a CPU it looks at once. On CUDA every few updates (a tenth of the limit) start a copy of the counters into pinned
+    memory, which is judged once it has arrived, so it notices a few updates late.
     """
 
     def __init__(self, limit: int | None) -> None:
         self.limit = limit
+        self._looks = 0
         self._told: dict[int, int] = {}  # how often a loss had overflowed when that was last raised
         self.forget()
 
@@ -66,7 +67,8 @@ class Watchdog:
         if counters.device.type != "cuda":
             self._judge(counters, report_of)
             return
-        if torch.cuda.is_current_stream_capturing():
+        self._looks += 1
+        if self._looks % max(1, self.limit // 10) or torch.cuda.is_current_stream_capturing():
             return
         if self._arrived is not None:
             if not self._arrived.query():
@@ -94,5 +96,6 @@ class Watchdog:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.limit = state["limit"]
+        self._looks = 0
         self._told = {}
         self.forget()
