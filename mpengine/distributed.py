@@ -39,6 +39,11 @@ def _wrappers() -> Iterator[DistributedDataParallel]:
             yield wrapper
 
 
+def is_used() -> bool:
+    """Whether any model is wrapped."""
+    return any(True for _ in _wrappers())
+
+
 def wraps(model: nn.Module) -> bool:
     """Whether the model is a DistributedDataParallel, holds one, or shares trained parameters with one."""
     own = {id(param) for param in model.parameters() if param.requires_grad}

@@ -134,7 +134,7 @@ class Execution:
             backend.of(d.device).inspect(d.table, d.sources)
 
     def _describe(self, d: _Device, pending: Pending, ballots: list[Ballot]) -> None:
-        waiting = [as_sources(pending[i], d.device) for i in d.positions]
+        waiting = as_sources([pending[i] for i in d.positions], d.device)
         sources = [
             [s._replace(grad=_in_layout(s.grad, entry.param)) for s in one]
             for one, entry in zip(waiting, d.table.entries, strict=True)

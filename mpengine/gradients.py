@@ -256,6 +256,8 @@ class Ledger:
 
     def _check_averaged(self, optimizer: torch.optim.Optimizer, pending: Pending) -> None:
         """Refuses gradients of which DistributedDataParallel averaged a part alone: nothing would average the rest."""
+        if not distributed.is_used():
+            return
         for param, labelled in zip(parameters(optimizer), pending, strict=True):
             record = self._records.get(id(param))
             local = [label for label, grad in labelled if record is not None and record.is_local(grad)]
@@ -335,9 +337,13 @@ def parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
     return chain.from_iterable([group["params"] for group in optimizer.param_groups])
 
 
-def as_sources(pending: list[Labelled], device: torch.device) -> list[Source]:
-    """Labelled gradients as a step reads them."""
-    return [
-        Source(grad, None if label.scale is None else label.scale.to(device, non_blocking=True), label.loss_id)
-        for label, grad in pending
-    ]
+def as_sources(pending: Iterable[list[Labelled]], device: torch.device) -> list[list[Source]]:
+    """Labelled gradients as a step reads them, for each of several parameters on one device."""
+    scales: dict[Label, Tensor | None] = {}
+
+    def scale(label: Label) -> Tensor | None:
+        if label not in scales:
+            scales[label] = None if label.scale is None else label.scale.to(device, non_blocking=True)
+        return scales[label]
+
+    return [[Source(grad, scale(label), label.loss_id) for label, grad in labelled] for labelled in pending]

@@ -63,7 +63,10 @@ def is_dense(tensor: Tensor) -> bool:
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
     """Whether element i of `a`'s memory is element i of the dense `b`'s (strides of size-1 dimensions are moot)."""
-    return a.shape == b.shape and all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
+    if a.shape != b.shape:
+        return False
+    ours, theirs = a.stride(), b.stride()
+    return ours == theirs or all(n == 1 or s == t for n, s, t in zip(a.shape, ours, theirs, strict=True))
 
 
 def flat(tensor: Tensor) -> Tensor:

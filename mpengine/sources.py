@@ -82,11 +82,9 @@ class SourceTable:
         self.width = 1 if max(map(len, entries), default=0) <= 1 else layout.MAX_SOURCES
         self.kinds = frozenset(KINDS[source.grad.dtype] for sources in entries for source in sources)
         rows = np.zeros((len(entries), self.width, layout.SOURCE), dtype=np.int64)
-        for row, sources in zip(rows, entries, strict=True):
-            for column, (grad, scale, loss_id) in zip(row, sources, strict=False):
-                pointer = grad.data_ptr() or 16  # an empty gradient has no address, but its tensor takes the step
-                aligned = layout.ALIGNED if pointer % 16 == 0 else 0
-                column[:] = (pointer, 0 if scale is None else scale.data_ptr(), KINDS[grad.dtype] + aligned, loss_id)
+        places = [(i, k) for i, sources in enumerate(entries) for k in range(len(sources))]
+        if places:
+            rows[tuple(np.array(places).T)] = [_row(source) for sources in entries for source in sources]
         self._described = None
         self._upload(rows, _addresses(ballots))
 
@@ -135,6 +133,13 @@ class SourceTable:
         whole = to_device(table, self.device) if captured else self._mirror.follow(table)
         self.rows = whole[: rows.size].view(rows.shape)
         self.ballot_rows = whole[rows.size :].view(len(ballots), layout.BALLOT)
+
+
+def _row(source: Source) -> tuple[int, int, int, int]:
+    grad, scale, loss_id = source
+    pointer = grad.data_ptr() or 16  # an empty gradient has no address, but its tensor takes the step
+    aligned = layout.ALIGNED if pointer % 16 == 0 else 0
+    return pointer, 0 if scale is None else scale.data_ptr(), KINDS[grad.dtype] + aligned, loss_id
 
 
 def _addresses(ballots: Sequence[Ballot]) -> list[tuple[int, int]]:
