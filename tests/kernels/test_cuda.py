@@ -31,14 +31,14 @@ def scaler_state(losses):
 
 @contextmanager
 def compilations():
-    """Collects the keys of what Triton compiles meanwhile."""
-    keys = []
-    before = triton.knobs.runtime.jit_cache_hook
-    triton.knobs.runtime.jit_cache_hook = lambda **call: keys.append(call["key"])
+    """Collects the names of what Triton compiles, or finds compiled on the disk, meanwhile."""
+    names = []
+    before = triton.knobs.compilation.listener
+    triton.knobs.compilation.listener = lambda src, **about: names.append(src.fn.__name__)
     try:
-        yield keys
+        yield names
     finally:
-        triton.knobs.runtime.jit_cache_hook = before
+        triton.knobs.compilation.listener = before
 
 
 @contextmanager
@@ -68,23 +68,23 @@ def test_other_values_and_sizes_compile_nothing():
         Problem((Spec((1,)), Spec((16,), SINGLE)), torch.optim.Adam, scales=(None,)),
         Problem((Spec((16384 * 16,)), Spec((0,), SINGLE, (Grad(0, SINGLE),))), scales=(3.0,) * 16, max_norm=1.0),
     ]
-    with compilations() as keys:
+    with compilations() as names:
         for problem in others[:2]:
             step(build(problem, DEVICE))
-    assert keys == []
+    assert names == []
     step(build(others[2], DEVICE))  # other kinds: may compile
-    with compilations() as keys:
+    with compilations() as names:
         step(build(others[2], DEVICE))
-    assert keys == []
+    assert names == []
 
 
 def test_other_numbers_of_losses_compile_no_new_scale_update():
     for losses in (1, 2, 16, 33):
         scale, previous, counters, policy = scaler_state(losses)
         votes = torch.ones(3, losses, layout.VOTE, device=DEVICE)
-        with compilations() as keys:
+        with compilations() as names:
             launch.update_scale(scale, previous, counters, votes, policy)
-        assert losses == 1 or keys == []
+        assert losses == 1 or names == []
         assert scale.tolist() == [16.0] * losses
 
 
