@@ -58,12 +58,13 @@ def by_size(document: Document, path: Path) -> None:
             xycoords=("data", "axes fraction"),
             rotation=90,
             fontsize=7,
-            color=_OTHER,
-            ha="right",
+            color="black",
+            ha="center",
             va="bottom",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )
         axes.axvline(count, color=_OTHER, lw=0.4, zorder=0)
-    axes.legend(fontsize=8, loc="upper left")
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     _save(figure, path)
 
 
@@ -75,8 +76,12 @@ def by_engine(document: Document, path: Path) -> None:
     figure, axes = _figure(document, "AdamW step by engine", (8, 0.27 * sum(heights) + 0.8), heights)
     for panel, title, rows in zip(axes, titles, panels, strict=True):
         _bars(panel, [(name_of(r), r["ms"]["median"], r["ms"]["low"], r["ms"]["high"]) for r in rows], title)
-        panel.set_xlabel("ms from an idle device (median, quartiles)", fontsize=8)
+        panel.set_xlabel(_unit(document), fontsize=8)
     _save(figure, path)
+
+
+def _unit(document: Document) -> str:
+    return f"ms{' from an idle device' if document.device == 'cuda' else ''} (median, quartiles)"
 
 
 def training(document: Document, path: Path) -> None:
@@ -93,7 +98,7 @@ def training(document: Document, path: Path) -> None:
 
 def _bars(axes: Any, rows: Sequence[tuple[str, float, float, float]], title: str) -> None:
     rows = sorted(rows, key=lambda row: -row[1])
-    names = [name for name, *_ in rows]
+    names = [name.replace(" [", "\n[") for name, *_ in rows]
     medians = [median for _, median, *_ in rows]
     errors = [[m - low for _, m, low, _ in rows], [high - m for _, m, _, high in rows]]
     axes.barh(names, medians, xerr=errors, color=[_colour(name) for name in names], height=0.7, error_kw={"lw": 0.8})
@@ -119,12 +124,12 @@ def _figure(
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
-    figure.suptitle(
-        f"{title}\n{document.hardware}, torch {document.machine.get('torch')}, {document.date}", fontsize=10
-    )
-    if document.origin != MEASURED:
-        figure.text(0.5, 0.5, f"{document.origin.upper()}: NOT MEASURED", fontsize=26, color="red", alpha=0.35,
-                    ha="center", va="center", rotation=20, zorder=10)  # fmt: skip
+    mark = "" if document.origin == MEASURED else f"{document.origin.upper()}: NOT MEASURED"
+    where = f"{document.hardware}, torch {document.machine.get('torch')}, {document.date}"
+    figure.suptitle("\n".join(filter(None, [mark, title, where])), fontsize=10, color="red" if mark else "black")
+    if mark:
+        style = {"fontsize": 26, "color": "red", "alpha": 0.35, "rotation": 20, "zorder": 10}
+        figure.text(0.5, 0.5, mark, ha="center", va="center", **style)
     if not heights:
         return figure, figure.subplots()
     return figure, figure.subplots(len(heights), 1, squeeze=False, height_ratios=list(heights))[:, 0]

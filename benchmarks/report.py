@@ -82,7 +82,7 @@ def section(documents: Sequence[Document]) -> str:
     where = [f"Measured on: {text}." for text in dict.fromkeys(map(provenance, sources))]
     parts = [] if gpu.step or gpu.train else [NOT_MEASURED]
     if lines:
-        parts.append(table(["", "mpengine", "torch.amp", "times as fast", "of a copy's bandwidth"], lines))
+        parts.append(table(["", "mpengine", "torch.amp", "times as fast", "device time, of a copy's speed"], lines))
     parts += where
     if documents:
         parts.append("All numbers, other libraries, and how they were taken: [docs/speed.md](docs/speed.md).")

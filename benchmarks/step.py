@@ -61,7 +61,7 @@ class Bench:
     def __init__(self, spec: Spec, chosen: ShapeSet, device: Device) -> None:
         self.device, self.name = device, f"{chosen.title}, {spec.name}"
         before = device.allocated()
-        self.engine: Engine = spec.make(chosen.shapes, device.torch)
+        self.engine: Engine = spec.make(chosen.shapes, device.torch_device)
         self.gradients = Gradients(self.engine.params)
         self._turn = 0
         for _ in range(WARMUPS):  # compiles, makes state and tables

@@ -112,8 +112,10 @@ def step_table(document: Document) -> str:
         parts = [f"### {title} ({rows[0]['parameters']:,} parameters, {rows[0]['tensors']:,} tensors)"]
         if lines:
             parts.append(table(["AdamW step", *shown], lines))
-        parts += missing(rows)
+        parts += missing(row for row in rows if row["status"] != "not installed")
         blocks.append("\n\n".join(parts))
+    absent = {row["engine"]: row for row in document.rows if row["status"] == "not installed"}
+    blocks += missing(absent.values())
     copy = document.settings.get("copy_gbs")
     if copy:
         blocks.append(f"Copy within the device's memory, bytes read and written: {timed(copy)} GB/s.")

@@ -62,10 +62,10 @@ class Training:
             raise Missing("captured: not available without a GPU")
         capture = graphs().GraphedIteration if kind.captured else None
         torch.manual_seed(0)
-        networks = [network.to(device.torch) for network in workload.build()]
-        self.engine = kind(networks, workload.optimizer, workload.losses, device.kind)
+        networks = [network.to(device.torch_device) for network in workload.build()]
+        self.engine = kind(networks, workload.optimizer, workload.losses, device.torch_device.type)
         self.device = device
-        self.batches = [workload.batch(device.torch) for _ in range(BATCHES)]
+        self.batches = [workload.batch(device.torch_device) for _ in range(BATCHES)]
         self._iterate: Callable[..., Any] = partial(workload.iterate, self.engine, networks)
         if capture is not None:
             self._iterate = capture(self._iterate, optimizers=self.engine.optimizers)
@@ -109,17 +109,14 @@ def precision(tf32: bool, device: Device) -> Iterator[None]:
     if device.kind != "cuda":
         yield
         return
-    backends = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]
-    before = [backend.fp32_precision for backend in backends], torch.backends.cudnn.benchmark
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
     try:
-        for backend in backends:
-            backend.fp32_precision = "tf32" if tf32 else "ieee"
-        torch.backends.cudnn.benchmark = True
+        # Not by fp32_precision of convolutions alone: torch refuses to say what holds where its parts differ.
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = tf32, tf32, True
         yield
     finally:
-        for backend, value in zip(backends, before[0], strict=True):
-            backend.fp32_precision = value
-        torch.backends.cudnn.benchmark = before[1]
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
 
 
 def run_one(name: str, engine: str, device: Device, seconds: float) -> dict[str, Any]:

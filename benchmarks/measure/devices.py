@@ -32,7 +32,7 @@ class Cpu:
     """Wall-clock time on this thread; caches are displaced between runs, memory is not counted."""
 
     kind = "cpu"
-    torch = torch.device("cpu")
+    torch_device = torch.device("cpu")
     _CACHE = 64 * 2**20  # bytes; more than the last-level cache of most machines
 
     def __init__(self) -> None:
@@ -93,7 +93,7 @@ class Cpu:
     def copy_gbs(self, limit_bytes: int = 2**28, repeats: int = 7) -> list[float]:
         """GB/s of copies within the device's memory, bytes read and written both counted; random data."""
         size = min(limit_bytes, self.free_bytes() // 8)
-        source = torch.empty(size // 4, device=self.torch).normal_()
+        source = torch.empty(size // 4, device=self.torch_device).normal_()
         target = torch.empty_like(source)
         for _ in range(2):
             target.copy_(source)
@@ -113,14 +113,14 @@ class Cuda(Cpu):
     kind = "cuda"
 
     def __init__(self) -> None:
-        self.torch = torch.device("cuda", torch.cuda.current_device())
-        properties = torch.cuda.get_device_properties(self.torch)
+        self.torch_device = torch.device("cuda", torch.cuda.current_device())
+        properties = torch.cuda.get_device_properties(self.torch_device)
         l2 = getattr(properties, "L2_cache_size", 0) or 64 * 2**20
-        self._flush = torch.ones(2 * l2 // 4, device=self.torch)
+        self._flush = torch.ones(2 * l2 // 4, device=self.torch_device)
 
     def synchronize(self) -> None:
         """Waits for the device."""
-        torch.cuda.synchronize(self.torch)
+        torch.cuda.synchronize(self.torch_device)
 
     def alone(self, run: Run) -> tuple[float, float | None]:
         """Events around a run on an idle device, and how long the host took to enqueue it.
@@ -175,28 +175,28 @@ class Cuda(Cpu):
     def transient(self, run: Run) -> int | None:
         """By the counters of torch's caching allocator."""
         self.synchronize()
-        before = torch.cuda.memory_allocated(self.torch)
-        torch.cuda.reset_peak_memory_stats(self.torch)
+        before = torch.cuda.memory_allocated(self.torch_device)
+        torch.cuda.reset_peak_memory_stats(self.torch_device)
         run()
         self.synchronize()
-        return torch.cuda.max_memory_allocated(self.torch) - before
+        return torch.cuda.max_memory_allocated(self.torch_device) - before
 
     def allocated(self) -> int | None:
         """By torch's caching allocator."""
-        return torch.cuda.memory_allocated(self.torch)
+        return torch.cuda.memory_allocated(self.torch_device)
 
     def peak(self) -> int | None:
         """By torch's caching allocator."""
-        return torch.cuda.max_memory_allocated(self.torch)
+        return torch.cuda.max_memory_allocated(self.torch_device)
 
     def reset_peak(self) -> None:
         """Counts the peak from now on."""
-        torch.cuda.reset_peak_memory_stats(self.torch)
+        torch.cuda.reset_peak_memory_stats(self.torch_device)
 
     def free_bytes(self) -> int:
         """Free on the card, and unused in torch's pool."""
-        unused = torch.cuda.memory_reserved(self.torch) - torch.cuda.memory_allocated(self.torch)
-        return torch.cuda.mem_get_info(self.torch)[0] + unused
+        unused = torch.cuda.memory_reserved(self.torch_device) - torch.cuda.memory_allocated(self.torch_device)
+        return torch.cuda.mem_get_info(self.torch_device)[0] + unused
 
     def release(self) -> None:
         """Gives unused memory back."""
