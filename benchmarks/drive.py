@@ -46,8 +46,8 @@ def gpu_stages(out: Path) -> Iterator[Stage]:
     yield Stage("GPU tests", pytest_command(gpu_tests()) if cuda and installed("pytest") else None, 190, _why(cuda))
     step = module("step", "--device", "cuda", "--out", out, "--budget", 125, "--rounds", 2, "--seconds", 0.8)
     yield Stage("step", step if cuda else None, 150, no_gpu)
-    train = module("train", "--device", "cuda", "--out", out, "--budget", 75, "--seconds", 1.5)
-    yield Stage("train", train if cuda else None, 100, no_gpu)
+    train = module("train", "--device", "cuda", "--out", out, "--budget", 85, "--seconds", 1.5)
+    yield Stage("train", train if cuda else None, 110, no_gpu)
     sanitizer = find_sanitizer()
     absent = no_gpu if not cuda else (NOT_INSTALLED, "compute-sanitizer") if sanitizer is None else _why(cuda)
     for tool in ("memcheck", "racecheck"):

@@ -23,10 +23,10 @@ HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 
 def parameters(shapes: Sequence[Shape], device: torch.device, dtype: torch.dtype, norms: torch.dtype) -> list[Tensor]:
     """Random parameters from N(0, 0.02); `norms` is the dtype of normalisation layers."""
-    made = []
+    made: list[Tensor] = []
     for shape in shapes:
         values = torch.empty(shape.size, device=device, dtype=norms if shape.norm else dtype).normal_(0.0, 0.02)
-        made.append(values.requires_grad_())
+        made.append(torch.nn.Parameter(values))
     return made
 
 

@@ -26,7 +26,7 @@ class Workload:
     """One training task."""
 
     title: str
-    build: Callable[[], list[nn.Module]]  # FP32 on the CPU
+    build: Callable[[torch.device], list[nn.Module]]  # in FP32
     batch: Callable[[torch.device], Batch]
     iterate: Callable[..., tuple[Tensor, ...]]  # (engine, networks, *batch) to the losses
     optimizer: Callable[..., torch.optim.Optimizer]
@@ -90,9 +90,14 @@ def _token_batch(batch: int, context: int, vocabulary: int, device: torch.device
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def _networks(size: int, nz: int, width: int) -> list[nn.Module]:
+def _networks(size: int, nz: int, width: int, device: torch.device) -> list[nn.Module]:
     net_g, net_d = build_networks(size, 3, nz=nz, ngf=width, ndf=width, seed=0)
-    return [net_d, net_g]
+    return [net_d.to(device), net_g.to(device)]
+
+
+def _one(make: Callable[[], nn.Module], device: torch.device) -> list[nn.Module]:
+    with device:  # drawing 124M weights on a CPU takes seconds
+        return [make()]
 
 
 def _dcgan(batch: int, size: int = 64, nz: int = 100, width: int = 64, smoke: bool = False) -> Workload:
@@ -113,7 +118,7 @@ WORKLOADS = {
     "dcgan-512": _dcgan(512),
     "resnet": Workload(
         "ResNet-50, 224x224, batch 64",
-        lambda: [resnet()],
+        partial(_one, resnet),
         partial(_image_batch, 64, 224, 1000),
         classify,
         _adamw,
@@ -121,7 +126,7 @@ WORKLOADS = {
     ),
     "gpt2": Workload(
         "GPT-2 124M, context 1024, batch 8",
-        lambda: [GPT2()],
+        partial(_one, GPT2),
         partial(_token_batch, 8, 1024, 50257),
         classify,
         _adamw,
@@ -130,7 +135,7 @@ WORKLOADS = {
     "dcgan-smoke": _dcgan(4, 8, 4, 4, smoke=True),
     "resnet-smoke": Workload(
         "convnet, smoke test",
-        lambda: [resnet((1, 1), 8, 5)],
+        partial(_one, partial(resnet, (1, 1), 8, 5)),
         partial(_image_batch, 4, 32, 5),
         classify,
         _adamw,
@@ -139,7 +144,7 @@ WORKLOADS = {
     ),
     "gpt2-smoke": Workload(
         "GPT, smoke test",
-        lambda: [GPT2(11, 8, 16, 2, 1)],
+        partial(_one, partial(GPT2, 11, 8, 16, 2, 1)),
         partial(_token_batch, 2, 8, 11),
         classify,
         _adamw,

@@ -72,7 +72,9 @@ class Pretend(Cpu):
 def step_document(device: str = "cuda", origin: str = SYNTHETIC) -> Document:
     """All sets and engines; time by bytes and tensors, peers not installed but for one."""
     document = Document("step", origin, MACHINE if device == "cuda" else CPU_MACHINE)
-    world = Benchmark(document, Cpu(), sets_for(device), for_device(device), 0.0, 0.0)
+    world = Benchmark(
+        document, Pretend() if device == "cuda" else Cpu(), sets_for(device), for_device(device), 0.0, 0.0
+    )
     world.copies = [COPY * 0.99, COPY, COPY * 1.01]
     for pair in world.pairs:
         spec, chosen = ENGINES[pair[1]], SHAPES[pair[0]]

@@ -11,7 +11,7 @@ from benchmarks import train
 from benchmarks.measure import results
 from benchmarks.measure.devices import Cpu
 from benchmarks.measure.results import SMOKE
-from benchmarks.train import Missing, Training, precision, run_one
+from benchmarks.train import Missing, Training, order, precision, run_one
 from benchmarks.training.engines import ENGINES
 from benchmarks.training.models import GPT2, resnet
 from benchmarks.training.workloads import WORKLOADS
@@ -83,6 +83,13 @@ def test_the_captured_engine_goes_through_a_graph(monkeypatch):
     assert training._iterate.calls == 5
     assert Graph.optimizers == training.engine.optimizers
     assert [optimizer.steps_taken for optimizer in Graph.optimizers] == [5, 5]
+
+
+def test_captured_engines_run_last():
+    pairs = order(["gpt2", "resnet"], list(ENGINES))
+    assert len(pairs) == len(set(pairs)) == 10
+    assert [engine for _, engine in pairs[-2:]] == ["mpengine, captured"] * 2
+    assert [name for name, _ in pairs[:8]] == ["gpt2"] * 4 + ["resnet"] * 4
 
 
 def test_without_the_module_the_captured_engine_is_not_available(monkeypatch):
