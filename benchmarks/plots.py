@@ -30,7 +30,7 @@ def planned(documents: Sequence[Document]) -> dict[str, tuple[str, Make]]:
                 found[f"{stem}_size.png"] = f"Step time by parameters, {where}", partial(by_size, document)
             found[f"{stem}_engines.png"] = f"Step time by engine, {where}", partial(by_engine, document)
         elif document.kind == "train" and timed:
-            found[f"{stem}.png"] = f"Training speed, {where}", partial(training, document)
+            found[f"{stem}.png"] = f"Training speed, {where}", partial(by_engine, document)
     return found
 
 
@@ -69,30 +69,19 @@ def by_size(document: Document, path: Path) -> None:
 
 
 def by_engine(document: Document, path: Path) -> None:
-    """A bar for every engine, a panel for every set of tensors."""
+    """A bar for every engine, a panel for every set of tensors or workload."""
     titles = list(dict.fromkeys(row["title"] for row in document.rows if "ms" in row))
     panels = [[row for row in document.rows if row["title"] == title and "ms" in row] for title in titles]
     heights = [len(rows) + 1.6 for rows in panels]
-    figure, axes = _figure(document, "AdamW step by engine", (8, 0.27 * sum(heights) + 0.8), heights)
+    size = (8.0, 0.31 * sum(heights) + 0.8)
+    step = document.kind == "step"
+    figure, axes = _figure(document, "AdamW step" if step else "Training, an iteration", size, heights)
+    unit = "ms from an idle device" if step and document.device == "cuda" else "ms"
     for panel, title, rows in zip(axes, titles, panels, strict=True):
-        _bars(panel, [(name_of(r), r["ms"]["median"], r["ms"]["low"], r["ms"]["high"]) for r in rows], title)
-        panel.set_xlabel(_unit(document), fontsize=8)
-    _save(figure, path)
-
-
-def _unit(document: Document) -> str:
-    return f"ms{' from an idle device' if document.device == 'cuda' else ''} (median, quartiles)"
-
-
-def training(document: Document, path: Path) -> None:
-    """A bar for every engine, a panel for every workload."""
-    titles = list(dict.fromkeys(row["title"] for row in document.rows if "ms" in row))
-    panels = [[row for row in document.rows if row["title"] == title and "ms" in row] for title in titles]
-    heights = [len(rows) + 1.6 for rows in panels]
-    figure, axes = _figure(document, "Training, an iteration", (8, 0.27 * sum(heights) + 0.8), heights)
-    for panel, title, rows in zip(axes, titles, panels, strict=True):
-        _bars(panel, [(r["engine"], r["ms"]["median"], r["ms"]["low"], r["ms"]["high"]) for r in rows], title)
-        panel.set_xlabel("ms an iteration (median, quartiles)", fontsize=8)
+        names = [name_of(row) if step else row["engine"] for row in rows]
+        times = [(row["ms"]["median"], row["ms"]["low"], row["ms"]["high"]) for row in rows]
+        _bars(panel, [(name, *time) for name, time in zip(names, times, strict=True)], title)
+        panel.set_xlabel(f"{unit} (median, quartiles)", fontsize=8)
     _save(figure, path)
 
 
@@ -128,7 +117,7 @@ def _figure(
     where = f"{document.hardware}, torch {document.machine.get('torch')}, {document.date}"
     figure.suptitle("\n".join(filter(None, [mark, title, where])), fontsize=10, color="red" if mark else "black")
     if mark:
-        style = {"fontsize": 26, "color": "red", "alpha": 0.35, "rotation": 20, "zorder": 10}
+        style: dict[str, Any] = {"fontsize": 26, "color": "red", "alpha": 0.35, "rotation": 20, "zorder": 10}
         figure.text(0.5, 0.5, mark, ha="center", va="center", **style)
     if not heights:
         return figure, figure.subplots()

@@ -103,13 +103,9 @@ class Peer(Engine):
         self.params = parameters(shapes, device, dtype, dtype)
         self.optimizer = make(self.params)
         if scaled:
+            # The GradScaler says at each step that it hands itself over: that is how these take the scale.
+            warnings.filterwarnings("ignore", "GradScaler is going to stop passing itself", FutureWarning)
             self.scaler = torch.amp.GradScaler(device.type, init_scale=INIT_SCALE)
-
-    def step(self) -> None:
-        """The GradScaler says at each step that it hands itself over: that is how these take the scale."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            super().step()
 
 
 @dataclass(frozen=True)

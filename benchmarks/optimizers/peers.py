@@ -97,6 +97,12 @@ def _peer(
     )
 
 
+def _capturable(name: str, package: str, make: Any) -> Spec:
+    """A FusedAdam with masters that torch.amp.GradScaler hands its scale and its verdict."""
+    passes, state = traffic.CAPTURABLE_MASTER, "FP32 master and moments"
+    return _peer(name, package, make, HALF, state, passes, 14, "no clipping", full_state=True, scaled=True)
+
+
 PEERS = (
     _peer(
         "flashoptim, 32-bit weights",
@@ -158,18 +164,7 @@ PEERS = (
         4,
         _NO_MASTER,
     ),
-    _peer(
-        "apex FusedAdam",
-        "apex",
-        _apex,
-        HALF,
-        "FP32 master and moments",
-        traffic.CAPTURABLE_MASTER,
-        14,
-        "no clipping",
-        full_state=True,
-        scaled=True,
-    ),
+    _capturable("apex FusedAdam", "apex", _apex),
     _peer(
         "DeepSpeed FusedAdam",
         "deepspeed",
@@ -181,18 +176,7 @@ PEERS = (
         "no overflow check, no clipping, no fp16 weights: its FP16_Optimizer adds them outside",
         full_state=True,
     ),
-    _peer(
-        "TransformerEngine FusedAdam",
-        "transformer-engine",
-        _transformer_engine,
-        HALF,
-        "FP32 master and moments",
-        traffic.CAPTURABLE_MASTER,
-        14,
-        "no clipping",
-        full_state=True,
-        scaled=True,
-    ),
+    _capturable("TransformerEngine FusedAdam", "transformer-engine", _transformer_engine),
 )
 ENGINES = {spec.name: spec for spec in (*OWN, *AMP, *PEERS)}
 

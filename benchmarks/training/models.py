@@ -6,28 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-class Block(nn.Module):
-    """Causal attention and an MLP, each behind a LayerNorm and added to the residual stream."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.c_attn, self.c_proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.c_fc, self.c_out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(n, context, width) to the same."""
-        parts = self.c_attn(self.ln_1(x)).chunk(3, dim=-1)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.c_proj(mixed.transpose(1, 2).flatten(2))
-        return x + self.c_out(F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh"))
+from benchmarks.parity.models import Block
 
 
 class GPT2(nn.Module):
-    """GPT-2 (Radford et al. 2019); the defaults are the 124M model. The head shares the token embedding's weight."""
+    """GPT-2 (Radford et al. 2019), but for its exact GELU; the defaults are the 124M model, its head the embedding."""
 
     def __init__(
         self, vocabulary: int = 50257, context: int = 1024, width: int = 768, heads: int = 12, layers: int = 12
