@@ -3,10 +3,12 @@
 # make test    lint, types and tests
 # make fuzz    the long random tests
 # make lint    ruff and mypy alone
+# make bench   measures what this machine can: predictions, host time, the step; results in OUT, by default out/bench
+# make gpu     OUT=dir [WHEELS=dir]: GPU tests, step, training, compute-sanitizer; no network, no .venv, under 9 minutes
 # make docs    draws the plots in docs/schedules
 # make clean   removes what the others wrote, but for the environment .venv
 #
-# The first of them makes .venv. PYTHON chooses the interpreter: make test PYTHON=python3.12
+# The first of them makes .venv; `make gpu` uses PYTHON as it is. PYTHON chooses the interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3
 DEMO_ITERATIONS ?= 800
@@ -24,7 +26,7 @@ SOURCES := constraints.txt pyproject.toml setup.py
 DEMO := --compare --dataset digits --imageSize 16 --nz 4 --ngf 24 --ndf 12 --lr 5e-4 \
 	--growth-interval 200 --sample-every 200 --outf out
 
-.PHONY: demo parity test fuzz lint docs clean
+.PHONY: demo parity test fuzz lint bench gpu docs clean
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/python examples/dcgan.py $(DEMO) --iterations $(DEMO_ITERATIONS)
@@ -42,6 +44,14 @@ lint: $(VENV)/.test-installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+bench: $(VENV)/.test-installed
+	$(BIN)/python -m benchmarks.drive bench --out $(or $(OUT),out/bench)
+
+# torch and Triton are those that PYTHON has. WHEELS may hold other libraries' optimizers, pytest and hypothesis.
+gpu:
+	@test -n "$(OUT)" || { echo "say where the results go: make gpu OUT=dir [WHEELS=dir]"; exit 2; }
+	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(PYTHON) -m benchmarks.drive gpu --out $(OUT) $(if $(WHEELS),--wheels $(WHEELS))
 
 docs: $(VENV)/.test-installed
 	$(BIN)/python benchmarks/plot_schedules.py

@@ -1,0 +1,1 @@
+"""The models that `benchmarks.train` trains, and the engines that train them."""
