@@ -163,7 +163,7 @@ def _hyperparameter(j, hyper_ptrs, group, taken, mask):
     hyper_ptr, plan_ptr, schedule_ptr = hyper_ptrs
     value = tl.load(hyper_ptr + group * HYPER + j, mask=mask, other=0.0)
     if schedule_ptr is not None:
-        column = tl.load(plan_ptr + SCHEDULE_COLUMN + j)
+        column = tl.load(plan_ptr + SCHEDULE_COLUMN + j) + tl.zeros_like(group)  # of one shape with the mask
         width = tl.load(plan_ptr + SCHEDULE_WIDTH)
         row = taken.to(tl.int64) - tl.load(plan_ptr + SCHEDULE_START)
         row = tl.maximum(tl.minimum(row, tl.load(plan_ptr + SCHEDULE_ROWS) - 1), 0)
