@@ -101,14 +101,15 @@ class GraphedIteration:
         if self._recorded is None and self._warm < self._warmup:
             return self._run_eagerly(tensors)
         current = all([optimizer._before_replay() for optimizer in self._optimizers])  # each of them: it uploads
-        if self._recorded is not None and not (current and self._recorded.is_current()):
-            self._recorded, self._warm = None, 0
-        if not current or self._warm < self._warmup:
+        if not current or (self._recorded is not None and not self._recorded.is_current()):
+            self._recorded, self._warm = None, 0  # its memory is free for the warm-up
             return self._run_eagerly(tensors)
         if self._problem is not None:
             problem, self._problem, self._warm = self._problem, None, self._warmup - 1
             self._recorded = None
-            raise RuntimeError(f"this iteration cannot be captured in a CUDA graph: {problem}")
+            raise RuntimeError(
+                f"this iteration cannot be captured in a CUDA graph: {problem} Nothing of this call ran."
+            )
         if any(p.grad is not None and p not in self._unread for p in self._parameters()):
             return self._run_eagerly(tensors)
         self._inputs.fill(tensors)
@@ -140,13 +141,22 @@ class GraphedIteration:
 
     def _capture(self) -> _Recorded:
         before = [optimizer._tables() for optimizer in self._optimizers]
-        undo = [optimizer._before_capture() for optimizer in self._optimizers]
-        undo += [scaler._before_capture() for scaler in _scalers(self._optimizers)]
+        undo = [scaler._before_capture() for scaler in _scalers(self._optimizers)]
+        undo += [optimizer._before_capture() for optimizer in self._optimizers]
+        raised: list[Exception] = []
+
+        def call() -> Any:
+            try:
+                return self._call()
+            except Exception as error:  # ending the capture may raise another
+                raised.append(error)
+                raise
+
         for optimizer in self._optimizers:
             optimizer.zero_grad()  # old gradients are not read, as was seen; their memory is free for the graph
         graph = capture.make_graph(self._device, self._pool)
         try:
-            outputs = graph.record(self._call)
+            outputs = graph.record(call if graph.executes_later else self._call)
             if not all(_same(o._tables(), tables) for o, tables in zip(self._optimizers, before, strict=True)):
                 raise RuntimeError(
                     "its tables changed while it was captured: other parameters had gradients than before"
@@ -157,12 +167,12 @@ class GraphedIteration:
             self._warm, self._problem = self._warmup - 1, None
             if not isinstance(error, Exception) or not graph.executes_later:
                 raise
-            cause = _first_cause(error)
+            cause = next(iter(raised), error)
             raise RuntimeError(
                 f"this iteration could not be captured in a CUDA graph ({type(cause).__name__}: {cause}). Nothing of "
                 "this call has run. Nothing in it may wait for the device (.item(), .cpu(), print or branches on "
-                "tensors, torch.cuda.synchronize()), use another stream that it does not join, or keep the graph of an earlier "
-                "loss alive. Go on with the plain function, or mend it and call again."
+                "tensors, torch.cuda.synchronize()), use a stream that it does not join, or keep the graph of an "
+                "earlier loss alive. Go on with the plain function, or mend it and call again."
             ) from error
         return _Recorded(graph, outputs, self._optimizers)
 
@@ -216,13 +226,6 @@ def _same(tables: Iterable[object], others: Iterable[object]) -> bool:
 
 def _scalers(optimizers: list[MixedPrecisionOptimizer]) -> list[GradScaler]:
     return list(dict.fromkeys(o.scaler for o in optimizers if o.scaler is not None))
-
-
-def _first_cause(error: BaseException) -> BaseException:
-    """What broke the capture: ending it then raises an error of its own."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return error
 
 
 def _positional_names(iteration: Iteration) -> list[str]:

@@ -1,0 +1,210 @@
+"""A captured iteration is the plain one bit for bit, whatever lies between; three times each: see conftest."""
+
+import pytest
+import torch
+from torch import nn
+
+from mpengine.graphs import GraphedIteration
+from tests.graphs.worlds import WORLDS, adversaries, batch, seen, trajectory, zeroing_first, zeroing_last
+from tests.harness import frozen
+
+
+def assert_same(make, device, before=None, captures=1, replays=None, **kwargs):
+    expected, _ = trajectory(make, device, False, before, **kwargs)
+    found, train = trajectory(make, device, True, before, **kwargs)
+    for i, (a, b) in enumerate(zip(expected, found, strict=True)):
+        assert a == b, f"call {i} differs"
+    assert train.captures == captures
+    assert replays is None or train.replays == replays
+    return train
+
+
+@pytest.mark.parametrize("make", WORLDS, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("look", [True, False], ids=["watched", "unwatched"])
+def test_replays_are_the_plain_function_bit_for_bit(make, device, look):
+    assert_same(make, device, look=look, replays=11)
+
+
+def test_scales_move_and_overflows_skip(device):
+    found, _ = trajectory(zeroing_last, device, True)
+    again, _ = trajectory(zeroing_last, device, True, overflows=())
+    assert found[5] == again[5]
+    assert found[6] != again[6]
+    world = zeroing_last(device)
+    train = GraphedIteration(world.iteration, world.optimizer)
+    for i in range(12):
+        train(*batch(i, device, overflows=(6, 9)))
+    assert (world.optimizer.steps_taken, world.optimizer.steps_skipped) == (10, 2)
+    (state,) = world.scaler.statistics()
+    assert (state.scale, state.overflows, state.growths) == (2.0**10, 2, 2)  # 3 clean, 3 clean, skip, 2 clean, skip, 2
+    assert world.optimizer.overflowed_parameters()
+
+
+BETWEEN = {
+    "lr": lambda world, i: [group.update(lr=1e-2 / (i + 1)) for o in world.optimizers for group in o.param_groups],
+    "betas": lambda world, i: world.optimizer.param_groups[0].update(betas=(0.5, 0.9)) if i == 8 else None,
+    "max_grad_norm": lambda world, i: setattr(world.optimizer, "max_grad_norm", 0.1 if i % 2 else None),
+    "growth_interval": lambda world, i: world.scaler.set_growth_interval(1) if i == 7 else None,
+    "new_scale": lambda world, i: world.scaler.update(64.0) if i == 7 else None,
+    "evaluation": lambda world, i: world.model[0](torch.zeros(1, 6, device=world.model[0].weight.device).half()),
+    "model": lambda world, i: load_model(world) if i in (2, 7) else None,
+    "weights": lambda world, i: shrink(world) if i in (1, 7, 8) else None,
+}
+
+
+def load_model(world):
+    world.model.load_state_dict({k: v * 0.5 for k, v in world.model.state_dict().items()})
+
+
+@torch.no_grad()
+def shrink(world):
+    for param in world.model.parameters():
+        param.mul_(0.5)
+
+
+@pytest.mark.parametrize("look", [True, False], ids=["watched", "unwatched"])
+@pytest.mark.parametrize("name", BETWEEN)
+def test_what_is_done_between_replays_is_followed(name, device, look):
+    assert_same(zeroing_last, device, BETWEEN[name], look=look, replays=11)
+
+
+def test_a_scheduler_of_torch_is_followed(device):
+    schedulers = {}
+
+    def before(world, i):
+        if i == 0:
+            schedulers[world.optimizer] = torch.optim.lr_scheduler.StepLR(world.optimizer, 1, 0.7)
+        else:
+            schedulers[world.optimizer].step()
+
+    assert_same(zeroing_last, device, before, replays=11)
+
+
+def test_a_schedule_is_followed_by_the_steps_taken(device):
+    def before(world, i):
+        if i == 0:
+            world.optimizer.schedule(
+                lambda opt: torch.optim.lr_scheduler.OneCycleLR(opt, 0.1, total_steps=20), steps=20
+            )
+
+    assert_same(zeroing_last, device, before, replays=11)
+
+
+def test_a_schedule_that_is_replaced_makes_it_capture_again(device):
+    def before(world, i):
+        if i == 7:
+            world.optimizer.schedule(lambda opt: torch.optim.lr_scheduler.StepLR(opt, 2), steps=20)
+
+    assert_same(zeroing_last, device, before, captures=2, replays=4 + 4)
+
+
+def test_lr_may_not_be_set_under_a_schedule(device):
+    world = zeroing_last(device)
+    world.optimizer.schedule(lambda opt: torch.optim.lr_scheduler.StepLR(opt, 2), steps=20)
+    train = GraphedIteration(world.iteration, world.optimizer)
+    for i in range(6):
+        train(*batch(i, device))
+    world.optimizer.param_groups[0]["lr"] = 3.0
+    before = seen(world)
+    with pytest.raises(RuntimeError, match=r"lr of group 0 was set to 3\.0"):
+        train(*batch(6, device))
+    assert seen(world) == before
+
+
+@pytest.mark.parametrize("make", [zeroing_last, zeroing_first, adversaries], ids=lambda make: make.__name__)
+def test_the_plain_function_may_be_called_before_between_and_after(make, device):
+    def before(world, i):
+        if i == 0:  # before anything: the tables are there, and gradients may be left
+            world.iteration(*batch(99, device))
+
+    assert_same(make, device, before, eager=(1, 5, 8, 9, 13), replays=6)
+
+
+def test_a_checkpoint_loaded_between_replays_resumes_bit_for_bit(device):
+    saved = {}
+
+    def before(world, i):
+        if i == 5:
+            saved["model"] = {k: v.clone() for k, v in world.model.state_dict().items()}
+            saved["optimizer"] = copy_of(world.optimizer.state_dict())
+            saved["scaler"] = world.scaler.state_dict()
+        if i == 8:
+            world.model.load_state_dict(saved["model"])
+            world.optimizer.load_state_dict(saved["optimizer"])
+            world.scaler.load_state_dict(saved["scaler"])
+
+    train = assert_same(zeroing_last, device, before, captures=2)
+    assert train.replays < 11  # new state, new tables: it warmed up again
+
+
+def copy_of(state):
+    if isinstance(state, torch.Tensor):
+        return state.clone()
+    if isinstance(state, dict):
+        return {key: copy_of(value) for key, value in state.items()}
+    return [copy_of(value) for value in state] if isinstance(state, list) else state
+
+
+def test_layers_that_are_frozen_or_join_make_it_capture_again(device):
+    def freeze(world, i):
+        if i in (6, 10):
+            world.model[0].requires_grad_(i == 10)
+
+    assert_same(zeroing_last, device, freeze, captures=3, calls=18, replays=3 + 1 + 5)
+
+    def before(world, i):
+        if i == 6:
+            late = nn.Parameter(torch.ones(4, device=device))
+            world.model.register_parameter("late", late)
+            world.optimizer.add_param_group({"params": [late], "lr": 0.5})
+            world.model[-1].register_forward_hook(lambda module, args, out: out * late.half())
+
+    assert_same(zeroing_last, device, before, captures=2, replays=2 + 6)
+
+
+# Several graphs.
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own pools", "one pool"])
+def test_two_graphs_over_one_optimizer(shared, device):
+    results = []
+    for graphed in (False, True):
+        world = adversaries(device)
+        pool = torch.cuda.graph_pool_handle() if shared and device == "cuda" else None
+        trains = {
+            rows: GraphedIteration(world.iteration, world.optimizers, pool=pool) if graphed else world.iteration
+            for rows in (5, 3)
+        }
+        losses = []
+        for i in range(24):
+            rows = 3 if i % 3 == 2 else 5
+            losses.append(frozen(trains[rows](*batch(i, device, rows=rows, overflows=(13, 17)))))
+        results.append([losses, seen(world)])
+    assert results[0] == results[1]
+    assert trains[5].captures == trains[3].captures == 1
+    assert trains[5].replays == 16 - 3
+    assert trains[3].replays == 8 - 3
+
+
+def test_a_graph_of_tables_that_are_gone_is_not_replayed(device):
+    """One graph makes new tables; the other, captured over the old ones, must notice at its next call."""
+    results = []
+    for graphed in (False, True):
+        world = zeroing_last(device)
+        first, second = (
+            GraphedIteration(world.iteration, world.optimizer) if graphed else world.iteration for _ in range(2)
+        )
+        for i in range(5):
+            first(*batch(i, device))
+        world.model[1].weight.requires_grad_(False)
+        for i in range(5, 10):
+            second(*batch(i, device))
+        world.model[1].weight.requires_grad_(True)
+        world.optimizer.schedule(lambda opt: torch.optim.lr_scheduler.StepLR(opt, 2), steps=20)
+        for i in range(10, 15):
+            second(*batch(i, device))
+        for i in range(15, 20):
+            first(*batch(i, device))
+        results.append(seen(world))
+    assert results[0] == results[1]
+    assert (first.captures, second.captures) == (2, 2)
