@@ -4,8 +4,18 @@ import pytest
 import torch
 from torch import nn
 
+import mpengine
 from mpengine.graphs import GraphedIteration
-from tests.graphs.worlds import WORLDS, adversaries, batch, seen, trajectory, zeroing_first, zeroing_last
+from tests.graphs.worlds import (
+    WORLDS,
+    adversaries,
+    batch,
+    clipped_weights,
+    seen,
+    trajectory,
+    zeroing_first,
+    zeroing_last,
+)
 from tests.harness import frozen
 
 
@@ -208,3 +218,73 @@ def test_a_graph_of_tables_that_are_gone_is_not_replayed(device):
         results.append(seen(world))
     assert results[0] == results[1]
     assert (first.captures, second.captures) == (2, 2)
+
+
+# What happened.
+
+
+def test_a_collapse_is_raised_by_a_replay(device):
+    world = zeroing_last(device)
+    train = GraphedIteration(world.iteration, world.optimizer)
+
+    def collapse():
+        for i in range(80):  # the default limit is 50; on a GPU it is noticed a few calls late
+            train(*batch(i, device, overflows=range(80)))
+            if device == "cuda":
+                torch.cuda.synchronize()
+
+    with pytest.raises(mpengine.LossScaleCollapse, match=r"'0\.weight'"):
+        collapse()
+    assert 50 <= world.optimizer.steps_skipped <= 53
+    assert train.replays > 40
+
+
+def test_the_report_is_readable_between_replays(device):
+    reports = []
+    for graphed in (False, True):
+        world = adversaries(device)
+        run = GraphedIteration(world.iteration, world.optimizers) if graphed else world.iteration
+        for i in range(8):
+            run(*batch(i, device, overflows=(5,)))
+        reports.append(str(world.scaler.report()))
+    assert reports[0] == reports[1]
+    assert "overflow" in reports[0]
+
+
+def test_autograd_notices_a_replay(device):
+    """As after an eager step: what was saved of the weights before is stale."""
+    world = zeroing_last(device)
+    train = GraphedIteration(world.iteration, world.optimizer)
+    for i in range(5):
+        train(*batch(i, device))
+    x = torch.ones(2, 6, device=device, requires_grad=True)
+    loss = world.model(x.half()).float().sum()
+    train(*batch(5, device))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+# Sabotage: these tests would notice.
+
+SABOTAGE = {
+    "nothing uploaded": (mpengine.MixedPrecisionOptimizer, "_before_replay", lambda self: True, "lr"),
+    "inputs not copied": (mpengine.inputs.StaticInputs, "fill", lambda self, tensors: None, None),
+    "freezing overlooked": (mpengine.graphs._Recorded, "is_current", lambda self: True, "freezing"),
+    "own writes overlooked": (mpengine.MixedPrecisionOptimizer, "_written_elsewhere", lambda self: [], "clipping"),
+}
+
+
+@pytest.mark.parametrize("name", SABOTAGE)
+def test_sabotage_is_noticed(name, captured, monkeypatch):
+    owner, attribute, replacement, kind = SABOTAGE[name]
+    before = BETWEEN["lr"] if kind == "lr" else freezing if kind == "freezing" else None
+    make = clipped_weights if kind == "clipping" else zeroing_last
+    assert_same(make, captured, before, captures=2 if kind == "freezing" else 1)
+    monkeypatch.setattr(owner, attribute, replacement)
+    with pytest.raises(AssertionError, match="differs"):
+        assert_same(make, captured, before)
+
+
+def freezing(world, i):
+    if i == 6:
+        world.model[0].requires_grad_(False)
