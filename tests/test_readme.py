@@ -27,7 +27,8 @@ def test_the_readmes_python_runs(capsys, tmp_path, monkeypatch):
     finally:  # Accelerate's are global
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()
-    assert namespace["optimizer"].steps_taken + namespace["optimizer"].steps_skipped == 10
+    assert namespace["optimizer"].steps_taken + namespace["optimizer"].steps_skipped == 10 + 4
+    assert namespace["train"].captures == 1
     assert namespace["trainer"].optimizers[0].steps_taken >= 3
     assert namespace["opt"].steps_taken >= 2
     printed = capsys.readouterr().out

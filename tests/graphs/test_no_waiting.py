@@ -124,8 +124,8 @@ def taken_by(make):
     return found
 
 
-# What unscale_ found holds for the step: a verdict for each loss. Weights that somebody wrote settle with their masters,
-# parameter by parameter, each time that they were written.
+# What unscale_ found holds for the step: a verdict for each loss. Weights that somebody wrote settle with their
+# masters, parameter by parameter, each time that they were written.
 SMALL = {"two_losses_and_clipping": 32}
 SETTLING = {"clipped_weights"}
 
