@@ -54,9 +54,9 @@ class CudaGraph:
     executes_later = True
 
     def __init__(self, device: torch.device, pool: Any) -> None:
+        self._kept: list[Tensor] = []
         self._device, self._pool = device, pool
         self._graph = torch.cuda.CUDAGraph()
-        self._kept: list[Tensor] = []
         self._done = torch.cuda.Event()  # the last replay
 
     def record(self, call: Callable[[], Any]) -> Any:

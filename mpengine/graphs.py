@@ -47,7 +47,7 @@ class GraphedIteration:
 
     Attributes:
         captures: How often the iteration was captured; on a CPU, would have been.
-        replays: Calls that were replays.
+        replays: How many calls were replays; on a CPU, would have been.
 
     Raises:
         TypeError: Something other than mpengine's optimizers is given.

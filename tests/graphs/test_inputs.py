@@ -1,5 +1,8 @@
 """Inputs are copied, followed and checked; outputs are detached."""
 
+from collections import OrderedDict
+from typing import NamedTuple
+
 import pytest
 import torch
 
@@ -95,6 +98,36 @@ def test_inputs_that_cannot_be_followed_are_refused_at_once(bad, error, message,
     with pytest.raises(error, match=message):
         train(bad, batch(0, device)[1])
     assert given == []
+
+
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: float
+
+
+def test_containers_keep_their_types_and_tensors_their_memory_format(echo, device):
+    train, _, given = echo
+    (x, y), _ = nested(0, device)
+    image = torch.randn(2, 3, 4, 5, device=device).to(memory_format=torch.channels_last)
+    for i in range(5):
+        options = {"pair": Pair(image + i, 2.0), "ordered": OrderedDict(b=y + i, a=[image])}
+        got = train(x, y, **options)[2]
+        assert frozen(got) == frozen(options)
+        assert type(got["pair"]) is Pair
+        assert list(got["ordered"]) == ["b", "a"]
+        inside = given[-1][3]
+        assert type(inside["ordered"]) is OrderedDict
+        assert inside["pair"].first.is_contiguous(memory_format=torch.channels_last)
+    assert train.captures == 1
+
+
+def test_an_argument_may_come_by_name_or_by_place(device):
+    world = zeroing_last(device)
+    train = GraphedIteration(world.iteration, world.optimizer)
+    for i in range(6):
+        x, y = batch(i, device)
+        train(x, y) if i % 2 else train(y=y, x=x)
+    assert (train.captures, world.optimizer.steps_taken) == (1, 6)
 
 
 def test_what_the_function_does_to_an_input_stays_with_it(device):

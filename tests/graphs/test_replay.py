@@ -1,5 +1,7 @@
 """A captured iteration is the plain one bit for bit, whatever lies between; three times each: see conftest."""
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
@@ -249,6 +251,61 @@ def test_the_report_is_readable_between_replays(device):
         reports.append(str(world.scaler.report()))
     assert reports[0] == reports[1]
     assert "overflow" in reports[0]
+
+
+def test_gradients_that_are_left_are_those_of_the_replay(device):
+    """Until an eager iteration has put its own there: then none are shown, rather than old ones."""
+    found = []
+    for graphed in (False, True):
+        world = zeroing_first(device)
+        run = GraphedIteration(world.iteration, world.optimizer) if graphed else world.iteration
+        left = []
+        for i in range(7):
+            run(*batch(i, device))
+            left.append(frozen([p.grad for p in world.model.parameters()]))
+        found.append(left)
+    assert found[0] == found[1]
+    world.iteration(*batch(7, device))
+    run(*batch(8, device))
+    if run._recorded._graph.executes_later:
+        assert all(p.grad is None for p in world.model.parameters())
+
+
+def test_an_error_in_the_function_is_the_callers(device):
+    world = zeroing_last(device)
+    wrong = []
+
+    def iteration(x, y):
+        if wrong:
+            raise KeyError("mine")
+        return world.iteration(x, y)
+
+    train = GraphedIteration(iteration, world.optimizer)
+    train(*batch(0, device))
+    wrong.append(True)
+    with pytest.raises(KeyError, match="mine"):
+        train(*batch(1, device))
+    wrong.clear()
+    for i in range(1, 5):
+        train(*batch(i, device))
+    assert (train.captures, train.replays, world.optimizer.steps_taken) == (1, 2, 5)
+
+
+def test_what_is_asked_of_torch_is_there():
+    """Without a GPU this is as near as a test comes to the calls."""
+    assert {"pool", "stream", "capture_error_mode"} <= set(inspect.signature(torch.cuda.graph).parameters)
+    for name in (
+        "CUDAGraph",
+        "Stream",
+        "Event",
+        "stream",
+        "current_stream",
+        "graph_pool_handle",
+        "get_sync_debug_mode",
+    ):
+        assert callable(getattr(torch.cuda, name))
+    for name in ("wait_stream", "wait_event", "record_event"):
+        assert callable(getattr(torch.cuda.Stream, name))
 
 
 def test_autograd_notices_a_replay(device):
