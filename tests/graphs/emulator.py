@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from mpengine import backend, capture, reference
+from mpengine import backend, capture
 
 LAUNCHERS = ("inspect", "decide", "update", "update_scale")
 
@@ -30,6 +30,7 @@ class EmulatedGraph(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
+        self._module = backend.of(torch.device("cpu"))  # the reference, or the interpreted kernels
         self.queue = []  # (function, its arguments, its results)
         self.launches = []  # the names of the kernels among them
         self._before = {}  # memory that the recording has written, as it was
@@ -74,7 +75,7 @@ class EmulatedGraph(TorchDispatchMode):
         return out
 
     def _recorded(self, name):
-        launcher = getattr(reference, name)
+        launcher = getattr(self._module, name)
 
         def record(*args):
             args = tuple(_frozen(arg) for arg in args)

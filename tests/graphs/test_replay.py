@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 import mpengine
+from mpengine import backend
 from mpengine.graphs import GraphedIteration
+from tests.graphs.emulator import emulated
 from tests.graphs.worlds import (
     WORLDS,
     adversaries,
@@ -15,6 +17,7 @@ from tests.graphs.worlds import (
     clipped_weights,
     seen,
     trajectory,
+    two_losses_and_clipping,
     zeroing_first,
     zeroing_last,
 )
@@ -220,6 +223,17 @@ def test_a_graph_of_tables_that_are_gone_is_not_replayed(device):
         results.append(seen(world))
     assert results[0] == results[1]
     assert (first.captures, second.captures) == (2, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered")  # by the interpreter
+@pytest.mark.parametrize("make", [two_losses_and_clipping, adversaries], ids=lambda make: make.__name__)
+def test_the_kernels_find_their_tables(make):
+    """The reference is handed tensors; the kernels, here in Triton's interpreter, follow addresses in tables."""
+    if torch.cuda.is_available():
+        pytest.skip("with a GPU the other tests run the compiled kernels")
+    with emulated(), backend.interpreter():
+        assert_same(make, "cpu", BETWEEN["lr"], eager=(4, 6, 7), calls=10, overflows=(5,), replays=4)
 
 
 # What happened.
