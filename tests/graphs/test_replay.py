@@ -1,5 +1,6 @@
 """A captured iteration is the plain one bit for bit, whatever lies between; three times each: see conftest."""
 
+import contextlib
 import inspect
 
 import pytest
@@ -7,14 +8,16 @@ import torch
 from torch import nn
 
 import mpengine
-from mpengine import backend
+from mpengine import backend, masters
 from mpengine.graphs import GraphedIteration
+from mpengine.kernels import layout
 from tests.graphs.emulator import emulated
 from tests.graphs.worlds import (
     WORLDS,
     adversaries,
     batch,
     clipped_weights,
+    loss_of,
     seen,
     trajectory,
     two_losses_and_clipping,
@@ -234,6 +237,48 @@ def test_the_kernels_find_their_tables(make):
         pytest.skip("with a GPU the other tests run the compiled kernels")
     with emulated(), backend.interpreter():
         assert_same(make, "cpu", BETWEEN["lr"], eager=(4, 6, 7), calls=10, overflows=(5,), replays=4)
+
+
+@pytest.mark.slow
+def test_an_eager_step_does_not_find_the_tables_of_a_replay(device):
+    """Gradients at the same address each time, one for eager iterations and another for the graph's."""
+    results = []
+    for graphed in (False, True):
+        world = zeroing_last(device)
+        params = list(world.model.parameters())
+        places = {name: [torch.empty_like(p) for p in params] for name in ("eager", "graph")}
+
+        def iteration(x, y, place, world=world, params=params, places=places):
+            world.scaler.scale(loss_of(world.model, x, y)).backward()
+            for param, home in zip(params, places[place], strict=True):
+                param.grad = home.copy_(param.grad)
+            world.optimizer.step()
+            world.scaler.update()
+            world.optimizer.zero_grad()
+
+        train = GraphedIteration(iteration, world.optimizer) if graphed else iteration
+        with backend.interpreter() if device == "cpu" else contextlib.nullcontext():
+            for i in range(11):
+                eager = i in (4, 5, 7, 9)
+                (iteration if eager else train)(*batch(i, device), "eager" if eager else "graph")
+        results.append(seen(world))
+    assert results[0] == results[1]
+    assert train.replays == 4
+
+
+def test_a_capture_has_tables_of_its_own():
+    """An eager step that describes other gradients may let go of those that it finds."""
+    grad, scale = torch.ones(4).half(), torch.ones(())
+    table = masters.SourceTable(torch.device("cpu"))
+    arguments = [[masters.Source(grad, scale, 0)]], [masters.Ballot(layout.FRESH, scale)]
+    table.set(*arguments)
+    first = table.rows
+    table.set(*arguments)
+    assert table.rows.data_ptr() == first.data_ptr()
+    with masters.staging([]):
+        table.set(*arguments)
+    assert table.rows.data_ptr() != first.data_ptr()
+    assert torch.equal(table.rows, first)
 
 
 # What happened.
