@@ -110,12 +110,12 @@ class Agreement:
         return list(map(Tensor.data_ptr, self._params)) == self._pointers
 
     def written(self, params: Sequence[Tensor]) -> None:
-        """We wrote these, which agreed, where they lie: their versions have grown by one, and they agree again."""
+        """We wrote these, which agreed, where they lie: they agree again."""
         if len(params) == len(self._params):
-            self._versions = [version + 1 for version in self._versions]
+            self._versions = list(map(_version, self._params))
         else:
             for param in params:
-                self._versions[self._places[param]] += 1
+                self._versions[self._places[param]] = param._version
 
     def _place(self, param: Tensor) -> int:
         place = self._places.setdefault(param, len(self._params))

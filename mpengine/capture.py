@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mpengine import masters
+from mpengine import upload
 
 
 class Graph(Protocol):
@@ -65,7 +65,7 @@ class CudaGraph:
         stream = _capture_stream(self._device)
         try:
             # The outer context ends even where capture_end raises, of which torch.cuda.graph does not take care.
-            with torch.cuda.stream(stream), masters.staging(self._kept):
+            with torch.cuda.stream(stream), upload.staging(self._kept):
                 mode = "thread_local"  # "global" would forbid the threads of a DataLoader to pin memory meanwhile
                 with torch.cuda.graph(self._graph, pool=self._pool, stream=stream, capture_error_mode=mode):
                     return call()

@@ -22,14 +22,14 @@ from mpengine.plain import cast_votes
 from mpengine.rules import ASSIGN, Family
 from mpengine.sources import Ballot, Column, Source, SourceTable
 from mpengine.tally import Tally, counted
-from mpengine.upload import Mirror, to_device
+from mpengine.upload import Mirror, is_capturing, to_device
 
 
 class _Numbers:
     """Float64 numbers on the device, uploaded when one of them changed, without a sync."""
 
     def __init__(self, device: torch.device) -> None:
-        self._mirror = Mirror(device)
+        self._device, self._mirror = device, Mirror(device)
         self._table: Tensor | None = None
         self._known: list[list[Any]] | None = None
 
@@ -41,7 +41,7 @@ class _Numbers:
             rows = [[0.0 if _on_cuda(value) else float(value) for value in row] for row in rows]
         if self._table is None or rows != self._known:
             self._table = self._mirror.follow(np.array([row + [0.0] * (width - len(row)) for row in rows]))
-            self._known = rows
+            self._known = None if is_capturing(self._device) else rows  # a capture executes nothing
         for i, j, value in moving:
             self._table[i, j].copy_(value, non_blocking=True)
         return self._table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -426,10 +426,27 @@ class GradScaler(torch.amp.GradScaler):
         if new_scale is None:
             self._watchdog.look(device_state.counters, self._loss_report)
 
+    # For mpengine.graphs.
+
     def _after_replay(self) -> None:
-        """A CUDA graph has replayed an update: looks out for a collapse, as `update` does."""
+        """A captured iteration has run: looks for a collapse, without waiting."""
         if self._device_state is not None:
             self._watchdog.look(self._device_state.counters, self._loss_report)
+
+    def _before_capture(self) -> Callable[[], None]:
+        """Returns what sets the host's side right where the capture fails: of what it queued nothing has run."""
+        scales = self._device_state
+        if scales is None:
+            return lambda: None
+        restore_labels = scales.keep_labels()
+
+        def restore() -> None:
+            self._ledger._close_pass()
+            restore_labels()
+            for state in self._states.values():
+                self._renew(state)
+
+        return restore
 
     def _renew(self, state: _OptimizerState) -> None:
         state.reset()

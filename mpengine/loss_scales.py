@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -60,6 +60,19 @@ class LossScales:
             one = slice(k, k + 1)
             update_scale(self.scales[one], self._previous[one], self.counters[one], votes, self._policy)
             self._votes[:, k].zero_()
+
+    def keep_labels(self) -> Callable[[], None]:
+        """Returns what brings all labels back to how they are now."""
+        labels, retired = list(self.labels), list(self._retired)
+        older = [label for reference in retired if reference is not None and (label := reference()) is not None]
+        known = [(label, label.scale, label._counted) for label in labels + older]
+
+        def restore() -> None:
+            self.labels[:], self._retired[:] = labels, retired
+            for label, scale, counted in known:
+                label.scale, label._counted = scale, counted
+
+        return restore
 
     def set_scale(self, loss_id: int, value: float | Tensor) -> None:
         """Sets one scale and drops the votes on it; its counters stay."""

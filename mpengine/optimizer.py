@@ -422,7 +422,7 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
             return now
         return [{**own, **row} for own, row in zip(now, self._timetable.values(self.steps_taken), strict=True)]
 
-    # Replays of a CUDA graph.
+    # For mpengine.graphs.
 
     def _before_replay(self) -> bool:
         """Brings to the device what the host changed since the last step: hyperparameters, and weights into masters.
@@ -439,9 +439,22 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
         return True
 
     def _after_replay(self) -> None:
-        """The graph has written every parameter that had a gradient when it was captured; to be safe, say all."""
-        if self._execution is not None:
-            self._finish(self._execution.trained())
+        """Parameters were written, by the masters: any that had a gradient when the step was captured; we say all."""
+        assert self._execution is not None
+        self._finish(self._execution.trained())
+
+    def _before_capture(self) -> Callable[[], None]:
+        """Returns what sets us right where the capture fails: of what it queued nothing has run."""
+        return self.zero_grad
+
+    def _tables(self) -> tuple[object, ...]:
+        """What a captured step reads and writes by address; where one was replaced, the capture is of no use."""
+        scales = None if self._scaler is None else self._scaler._device_state
+        return self._execution, scales, None if scales is None else scales.vote_row(0)
+
+    def _written_elsewhere(self) -> list[Tensor]:
+        """The parameters that somebody else has written since they last agreed with their masters."""
+        return [param for param in self._masters if not self._agreed.holds(param)]
 
     # What happened. Each of these waits for the device.
 

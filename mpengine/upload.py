@@ -9,15 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_kept: list[Tensor] = []  # staging buffers that a CUDA graph reads again at every replay
+_kept: list[Tensor] | None = None  # staging buffers that the graph being captured reads again at every replay
+_for_ever: list[Tensor] = []  # those of graphs that nobody owns
 
 
 @contextmanager
 def staging(kept: list[Tensor]) -> Iterator[None]:
-    """Meanwhile, staging buffers of captured uploads go to `kept`; whoever owns the graph owns them, too.
-
-    A graph that is captured outside of this keeps them for ever.
-    """
+    """While a graph is captured: the staging buffers of its uploads go to `kept`, to live as long as the graph."""
     global _kept
     before, _kept = _kept, kept
     try:
@@ -28,7 +26,7 @@ def staging(kept: list[Tensor]) -> Iterator[None]:
 
 def is_capturing(device: torch.device) -> bool:
     """Whether what is done now on this device becomes part of a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return _kept is not None or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 def _staged(table: np.ndarray, device: torch.device) -> Tensor:
@@ -36,8 +34,8 @@ def _staged(table: np.ndarray, device: torch.device) -> Tensor:
     host = torch.from_numpy(table)
     if device.type == "cuda":
         host = host.pin_memory()
-        if torch.cuda.is_current_stream_capturing():
-            _kept.append(host)
+        if is_capturing(device):
+            (_for_ever if _kept is None else _kept).append(host)
     return host
 
 

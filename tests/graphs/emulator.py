@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from mpengine import backend, capture
+from mpengine import backend, capture, upload
+from mpengine.sources import SourceTable
 
 LAUNCHERS = ("inspect", "decide", "update", "update_scale")
 
@@ -39,7 +40,7 @@ class EmulatedGraph(TorchDispatchMode):
 
     def record(self, call):
         try:
-            with self, launchers(self._recorded):
+            with upload.staging([]), self, launchers(self._recorded):
                 outputs = call()
         except BaseException:
             for written, before in self._before.values():
@@ -135,10 +136,11 @@ def _frozen(value):
     if not hasattr(value, "entries"):
         return value
     frozen = copy.copy(value)
+    if isinstance(value, SourceTable):
+        frozen._entries = [list(entry) for entry in value.entries]
+        return frozen
     frozen.entries = [
         dataclasses.replace(e, param=e.param.data, master=e.master.data, slots=tuple(slot.data for slot in e.slots))
-        if dataclasses.is_dataclass(e)
-        else list(e)
         for e in value.entries
     ]
     return frozen

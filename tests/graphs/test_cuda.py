@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from mpengine import capture, masters
+from mpengine import capture, upload
 from mpengine.graphs import GraphedIteration
 from tests.graphs.worlds import WORLDS, adversaries, batch, seen, with_dropout, zeroing_last
 
@@ -128,7 +128,7 @@ def test_staging_buffers_live_as_long_as_their_graph():
     kept = train._recorded._graph._kept
     assert kept
     assert all(tensor.is_pinned() for tensor in kept)
-    assert masters._kept is None
+    assert upload._kept is None
     del train
     assert any(parked is kept for _, parked in capture._parked)
     torch.cuda.synchronize()

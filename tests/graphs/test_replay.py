@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import mpengine
-from mpengine import backend, masters
+from mpengine import backend, sources, upload
 from mpengine.graphs import GraphedIteration
 from mpengine.kernels import layout
 from tests.graphs.emulator import emulated
@@ -269,13 +269,13 @@ def test_an_eager_step_does_not_find_the_tables_of_a_replay(device):
 def test_a_capture_has_tables_of_its_own():
     """An eager step that describes other gradients may let go of those that it finds."""
     grad, scale = torch.ones(4).half(), torch.ones(())
-    table = masters.SourceTable(torch.device("cpu"))
-    arguments = [[masters.Source(grad, scale, 0)]], [masters.Ballot(layout.FRESH, scale)]
+    table = sources.SourceTable(torch.device("cpu"))
+    arguments = [[sources.Source(grad, scale, 0)]], [sources.Ballot(layout.FRESH, scale)]
     table.set(*arguments)
     first = table.rows
     table.set(*arguments)
     assert table.rows.data_ptr() == first.data_ptr()
-    with masters.staging([]):
+    with upload.staging([]):
         table.set(*arguments)
     assert table.rows.data_ptr() != first.data_ptr()
     assert torch.equal(table.rows, first)
