@@ -101,10 +101,7 @@ class Agreement:
         return self._versions[place] == param._version and self._memory[place] == memory_of(param)
 
     def holds_all(self) -> bool:
-        """Whether every one agrees, as far as versions and addresses tell.
-
-        Another shape or dtype in the same memory shows in the gradients.
-        """
+        """Whether every one agrees, as far as versions and addresses tell: not another shape in the same memory."""
         if self._doubtful or self._unknown or list(map(_version, self._params)) != self._versions:
             return False
         return list(map(Tensor.data_ptr, self._params)) == self._pointers

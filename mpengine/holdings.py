@@ -162,6 +162,7 @@ def is_unchanged(optimizer: MixedPrecisionOptimizer, before: Known) -> bool:
         and (optimizer._family is None or _same_state(optimizer.state, before.state))
         and all(param.grad is None for param in before.frozen)
         and optimizer._agreed.holds_all()
+        and before.kinds.holds(before.params)
     )
 
 

@@ -164,15 +164,9 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
         self._execution = None
         holdings.register(self, originals or {}, set(also))
 
-    def _ready(self, look: bool = False) -> Execution:
-        """The tables, made anew where the parameters, their memory, their state or their rules changed.
-
-        Args:
-            look: Whether to see another shape or dtype in a parameter's old memory, too, which otherwise shows in the
-                kinds of the gradients.
-        """
-        known = self._known
-        if self._is_unchanged() and known is not None and not (look and not known.kinds.holds(known.params)):
+    def _ready(self) -> Execution:
+        """The tables, made anew where the parameters, their memory, their state or their rules changed."""
+        if self._is_unchanged():
             assert self._execution is not None
             distributed.share_masters(self, self._masters)
             return self._execution
@@ -253,7 +247,6 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
         pending = self._gather()
         columns = None if self._unscaled else execution.columns(pending)
         if columns is None:
-            execution = self._ready(look=True)
             pending = self._checked(pending)
         if columns is None and not pending.active:
             if scaler is not None:
@@ -355,7 +348,7 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
     def _unscale(self) -> None:
         """`scaler.unscale_`: the unscaled FP32 sum becomes `.grad` of masters and parameters."""
         assert self._scaler is not None
-        execution = self._ready(look=True)
+        execution = self._ready()
         pending = self._checked(self._gather())
         ballots = self._scaler._ballots(self._scaler._state(self), pending)
         execution.inspect(pending, ballots)
@@ -433,7 +426,7 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
         if self._timetable is not None:
             self._timetable.check(self.param_groups)
         execution = self._execution
-        if execution is None or self._ready(look=True) is not execution:
+        if execution is None or self._ready() is not execution:
             return False
         execution.upload(*self._numbers())
         return True

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import mpengine
-from mpengine import MixedPrecisionOptimizer
+from mpengine import GradScaler, MixedPrecisionOptimizer, holdings
 from tests.harness import (
     BRAIN,
     EVERY,
@@ -29,6 +29,7 @@ from tests.harness import (
     prepared,
     same_bits,
     snapshot,
+    started,
     train,
     twins_of,
 )
@@ -558,3 +559,28 @@ def test_an_fp32_parameter_that_was_cast_is_refused():
     feed(params, gradients(params, 0))
     with pytest.raises(RuntimeError, match=r"parameter 0 of shape \(7,\) became torch\.float16"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("family", ["adamw", "sgd"])
+def test_a_warm_step_does_not_look_at_every_tensor(family, monkeypatch):
+    """The quick look must not fail by our own writes, on a CPU or anywhere: it would cost the host milliseconds."""
+    params = [nn.Parameter(torch.randn(3, 4).half()), nn.Parameter(torch.randn(5))]
+    optimizer = MixedPrecisionOptimizer(FUSED[family](params), GradScaler("cpu"))
+    scaler = started(optimizer.scaler)
+
+    def step(seed):
+        feed(params, gradients(params, seed))
+        optimizer.step()
+        scaler.update()
+        optimizer.zero_grad()
+
+    step(0)
+    step(1)
+    monkeypatch.setattr(holdings, "is_current", lambda *_: pytest.fail("every tensor was looked at"))
+    for seed in range(2, 6):
+        optimizer.param_groups[0]["lr"] *= 0.5
+        step(seed)
+    with torch.no_grad():
+        params[1].add_(1.0)
+    with pytest.raises(pytest.fail.Exception):
+        step(6)
