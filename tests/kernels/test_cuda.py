@@ -13,6 +13,8 @@ from mpengine.scaling import ScalePolicy
 from mpengine.sources import Ballot, Source, SourceTable
 from tests.kernels.harness import DEVICE, HALF, SINGLE, Grad, Problem, Spec, build, run_decide, run_inspect, run_update
 
+pytestmark = pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")  # it says so once
+
 TENSORS = (Spec((70001,)), Spec((1025,), SINGLE), Spec((3,), grads=()))
 PROBLEM = Problem(TENSORS, torch.optim.AdamW, max_norm=1.0)
 
