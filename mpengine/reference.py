@@ -61,7 +61,7 @@ def inspect(table: TensorTable, sources: SourceTable) -> None:
             block_sum = float((total * total).sum(dtype=torch.float64))
             square_sum += block_sum
             if not math.isfinite(block_sum):  # an overflow, or only a square beyond FP32
-                _stamp(table, i, here, attempt, total, shares, pending)
+                stamp(table, i, here, attempt, total, shares, pending)
         programs = -(-entry.param.numel() // layout.INSPECT_CHUNK)
         if programs:
             table.partials[first] = square_sum
@@ -78,18 +78,19 @@ def _tally(cells: np.ndarray, grad: Tensor, source: Source) -> None:
     largest = []
     for p, start in enumerate(range(0, len(magnitudes), layout.INSPECT_CHUNK)):
         chunk = magnitudes[start : start + layout.INSPECT_CHUNK]
-        cells[p, layout.SMALL] = np.count_nonzero(chunk < _SMALLEST_NORMAL[grad.dtype])
+        cells[p, layout.SMALL] = np.count_nonzero(chunk < SMALLEST_NORMAL[grad.dtype])
         largest.append(chunk.max())
     values = torch.from_numpy(np.array(largest)).view(grad.dtype).float() * inverse(source.scale)
     cells[: len(largest), layout.LARGEST] = values.numpy().view(np.int32)
 
 
-_SMALLEST_NORMAL = {torch.float16: 1 << 10, torch.bfloat16: 1 << 7, torch.float32: 1 << 23}  # bits
+SMALLEST_NORMAL = {torch.float16: 1 << 10, torch.bfloat16: 1 << 7, torch.float32: 1 << 23}  # bits
 
 
-def _stamp(
+def stamp(
     table: TensorTable, i: int, here: int, attempt: int, total: Tensor, shares: list[Tensor], pending: Sequence[Source]
 ) -> None:
+    """Marks and counts the overflows of a block of tensor `i` that begins with program `here`; none may be there."""
     overflowed = [~torch.isfinite(x) for x in shares]
     only_the_sum = ~torch.isfinite(total)
     for bad in overflowed:
