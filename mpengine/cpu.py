@@ -20,8 +20,8 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -65,6 +65,8 @@ class _Reading(NamedTuple):
 
     def cut(self, block: _Block) -> _Reading:
         """The gradient of a block."""
+        if block.stop - block.start == len(self.grad):
+            return self
         return _Reading(self.grad[block.start : block.stop], self.inv_scale)
 
     def takes(self, clip: float) -> bool:
@@ -79,6 +81,28 @@ class _Reading(NamedTuple):
             and 2.0**-60 <= self.inv_scale <= 2.0**60
             and 2.0**-60 <= clip <= 1.0
         )
+
+
+class _Kind(NamedTuple):
+    """A gradient's type, read as integers."""
+
+    dtype: torch.dtype
+    view: torch.dtype
+    magnitude: Any  # all bits but the sign's
+    widen: Callable[[np.ndarray], np.ndarray]  # from bits to float32
+
+    def smallest_normal(self) -> Any:
+        """Its bits."""
+        return type(self.magnitude)(reference.SMALLEST_NORMAL[self.dtype])
+
+
+_KINDS = {
+    torch.float16: _Kind(torch.float16, torch.int16, np.int16(0x7FFF), lambda x: x.view(np.float16).astype(np.float32)),
+    torch.bfloat16: _Kind(
+        torch.bfloat16, torch.int16, np.int16(0x7FFF), lambda x: (x.astype(np.uint32) << 16).view(np.float32)
+    ),
+    torch.float32: _Kind(torch.float32, torch.int32, np.int32(0x7FFFFFFF), lambda x: x.view(np.float32)),
+}
 
 
 class _Scratch(threading.local):
@@ -107,7 +131,7 @@ def inspect(table: TensorTable, sources: SourceTable) -> None:
     attempt = int(table.counts.sum()) + 1
     table.partials.zero_()
     partials, tallies = table.partials.numpy(), table.tallies.numpy()
-    readings = [_readings(pending) for pending in sources.entries]
+    readings = _readings(sources)
 
     def work(unit: list[_Block]) -> None:
         with np.errstate(all="ignore"):
@@ -135,7 +159,8 @@ def update(table: TensorTable, sources: SourceTable, rule: Rule, decision: Tenso
     clip = float(decision[layout.CLIP])
     step = RULES[rule.name]
     entries, scalars, views = table.entries, table.scalars.numpy(), _views_of(table)
-    readings = [_readings(pending) for pending in sources.entries]
+    readings = _readings(sources)
+    scalars_of = {row.tobytes(): [row[j, ...] for j in range(layout.SCALARS)] for row in scalars}
 
     def work(unit: list[_Block]) -> None:
         with np.errstate(all="ignore"):
@@ -144,9 +169,8 @@ def update(table: TensorTable, sources: SourceTable, rule: Rule, decision: Tenso
                 param, master, slots = views[tensor]
                 g, t = _scratch.take(stop - start)
                 _unscale(g, t, [r.cut(block) for r in readings[tensor]], clip)
-                c = [scalars[tensor, j, ...] for j in range(layout.SCALARS)]  # as arrays: NumPy takes these fastest
                 p = master[start:stop]
-                step(p, g, tuple(slot[start:stop] for slot in slots), c, t)
+                step(p, g, tuple(slot[start:stop] for slot in slots), scalars_of[scalars[tensor].tobytes()], t)
                 if entries[tensor].write_back:
                     _convert(torch.from_numpy(p), param[start:stop])
 
@@ -185,8 +209,13 @@ def _views_of(table: TensorTable) -> list[_Views]:
     return views
 
 
-def _readings(pending: Sequence[Source]) -> list[_Reading]:
-    return [_Reading(flat(source.grad), reference.inverse(source.scale)) for source in pending]
+def _readings(sources: SourceTable) -> list[list[_Reading]]:
+    """The pending gradients of each tensor."""
+    scales = {id(source.scale): source.scale for pending in sources.entries for source in pending}
+    inverses = {key: reference.inverse(scale) for key, scale in scales.items()}
+    return [
+        [_Reading(flat(source.grad), inverses[id(source.scale)]) for source in pending] for pending in sources.entries
+    ]
 
 
 def _convert(source: Tensor, target: Tensor) -> None:
@@ -194,8 +223,8 @@ def _convert(source: Tensor, target: Tensor) -> None:
     if source.numel() <= _SERIAL:
         target.copy_(source)
         return
-    for to, part in zip(target.split(_SERIAL), source.split(_SERIAL), strict=True):
-        to.copy_(part)
+    for start in range(0, source.numel(), _SERIAL):
+        target[start : start + _SERIAL].copy_(source[start : start + _SERIAL])
 
 
 def _widen(grad: Tensor, factor: float, out: np.ndarray) -> None:
@@ -235,17 +264,17 @@ def _tally(cells: np.ndarray, reading: _Reading) -> None:
 
     See `reference._tally`.
     """
-    grad = reading.grad
-    bits = grad.view(torch.int32 if grad.dtype == torch.float32 else torch.int16).numpy()
+    kind = _KINDS[reading.grad.dtype]
+    bits = reading.grad.view(kind.view).numpy()
     a, b = _scratch.take(len(bits))
     magnitudes, small = a.view(bits.dtype)[: len(bits)], b.view(np.bool_)[: len(bits)]
-    np.bitwise_and(bits, bits.dtype.type(np.iinfo(bits.dtype).max), magnitudes)
-    np.less(magnitudes, bits.dtype.type(reference.SMALLEST_NORMAL[grad.dtype]), small)
+    np.bitwise_and(bits, kind.magnitude, magnitudes)
+    np.less(magnitudes, kind.smallest_normal(), small)
     starts = range(0, len(bits), layout.INSPECT_CHUNK)
     largest = np.maximum.reduceat(magnitudes, starts)
     for p, start in enumerate(starts):
         cells[p, layout.SMALL] = np.count_nonzero(small[start : start + layout.INSPECT_CHUNK])
-    values = torch.from_numpy(largest).view(grad.dtype).float().numpy() * np.float32(reading.inv_scale)
+    values = kind.widen(largest) * np.float32(reading.inv_scale)
     cells[: len(largest), layout.LARGEST] = values.view(np.int32)
 
 
