@@ -1,125 +1,38 @@
 """The CPU path: bit for bit `mpengine.reference`, on every core, and with a block's temporaries in the cache.
 
 ```
-unit    = blocks of tensors, BLOCK elements in all: one large block, or many small tensors
-inspect:  for each unit, on some thread: widen the gradients, unscale, tally, square, add up in float64
+inspect:  for each unit, on some thread: tally, widen the gradients, unscale, square, add up in float64
 decide:   the reference's
 update:   for each unit, on some thread: widen, unscale, clip, and the rule, one NumPy operation after another
 ```
 
-A thread has two buffers of BLOCK FP32 numbers, and nothing else is allocated. NumPy does the arithmetic, as it rounds
-after each operation; PyTorch widens and rounds fp16 and bf16, in pieces below the size at which it would start threads
-of its own. Sums are taken block by block and stored by position, so they do not depend on the number of threads.
-
-The blocks are larger than a core's own cache because the interpreter's lock changes hands at every operation, which
-costs more than the way to the shared cache.
+NumPy does the arithmetic, as it rounds after each operation; PyTorch widens and rounds fp16 and bf16. Sums are taken
+block by block and stored by position, so they do not depend on the number of threads. The blocks are larger than a
+core's own cache because the interpreter's lock changes hands at every operation, which costs more than the way to the
+shared cache. A thread keeps 1 MiB of buffers; nothing else of a tensor's size is allocated, unless a loss overflowed.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mpengine import reference, workers
+from mpengine import cpu_blocks, reference, workers
+from mpengine.cpu_blocks import ROWS, Block, Reading, buffers
 from mpengine.cpu_rules import RULES
 from mpengine.kernels import layout
-from mpengine.masters import Source, SourceTable, TensorTable, flat
+from mpengine.masters import SourceTable, TensorTable, flat
 from mpengine.rules import Rule
 
 decide = reference.decide
 update_scale = reference.update_scale
-
-BLOCK = 8 * layout.INSPECT_CHUNK  # elements: 1 MiB of buffers a thread
-_SERIAL = 1 << 15  # elements: PyTorch copies as many on the thread that asks for it
-
-
-class _Block(NamedTuple):
-    """Elements [start, stop) of a tensor of the table; `program` is the first of inspect's that has some of them."""
-
-    tensor: int
-    start: int
-    stop: int
-    program: int
-
-
-class _Views(NamedTuple):
-    """The memory of an entry, flat."""
-
-    param: Tensor  # [numel]
-    master: np.ndarray  # float32[numel]
-    slots: tuple[np.ndarray, ...]  # float32[numel] each
-
-
-class _Reading(NamedTuple):
-    """A pending gradient, or a block of one."""
-
-    grad: Tensor  # [n]
-    inv_scale: float
-
-    def cut(self, block: _Block) -> _Reading:
-        """The gradient of a block."""
-        if block.stop - block.start == len(self.grad):
-            return self
-        return _Reading(self.grad[block.start : block.stop], self.inv_scale)
-
-    def takes(self, clip: float) -> bool:
-        """Whether neither `grad * inv_scale` nor `inv_scale * clip` needs rounding: two factors are one then.
-
-        An fp16 number is a multiple of 2^-24 below 2^16. What the bounds let through stays a normal FP32 number.
-        """
-        power_of_two = math.frexp(self.inv_scale)[0] == 0.5
-        return (
-            self.grad.dtype == torch.float16
-            and power_of_two
-            and 2.0**-60 <= self.inv_scale <= 2.0**60
-            and 2.0**-60 <= clip <= 1.0
-        )
-
-
-class _Kind(NamedTuple):
-    """A gradient's type, read as integers."""
-
-    dtype: torch.dtype
-    view: torch.dtype
-    magnitude: Any  # all bits but the sign's
-    widen: Callable[[np.ndarray], np.ndarray]  # from bits to float32
-
-    def smallest_normal(self) -> Any:
-        """Its bits."""
-        return type(self.magnitude)(reference.SMALLEST_NORMAL[self.dtype])
-
-
-_KINDS = {
-    torch.float16: _Kind(torch.float16, torch.int16, np.int16(0x7FFF), lambda x: x.view(np.float16).astype(np.float32)),
-    torch.bfloat16: _Kind(
-        torch.bfloat16, torch.int16, np.int16(0x7FFF), lambda x: (x.astype(np.uint32) << 16).view(np.float32)
-    ),
-    torch.float32: _Kind(torch.float32, torch.int32, np.int32(0x7FFFFFFF), lambda x: x.view(np.float32)),
-}
-
-
-class _Scratch(threading.local):
-    """The two buffers of one thread, which grow to the largest block that it has seen."""
-
-    def __init__(self) -> None:
-        self._both = np.empty((2, 0), np.float32)
-
-    def take(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Two buffers, float32[size], of any content."""
-        if size > self._both.shape[1]:
-            self._both = np.empty((2, size), np.float32)
-        return self._both[0, :size], self._both[1, :size]
-
-
-_scratch = _Scratch()
-_views: weakref.WeakKeyDictionary[TensorTable, list[_Views]] = weakref.WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -128,24 +41,108 @@ def inspect(table: TensorTable, sources: SourceTable) -> None:
 
     See `reference.inspect`. `partials` get the sum of each block in its first program.
     """
-    attempt = int(table.counts.sum()) + 1
     table.partials.zero_()
-    partials, tallies = table.partials.numpy(), table.tallies.numpy()
-    readings = _readings(sources)
+    task = _Inspection(
+        table,
+        sources,
+        cpu_blocks.readings_of(sources),
+        table.partials.numpy(),
+        table.tallies.numpy(),
+        attempt=int(table.counts.sum()) + 1,
+    )
+    units = cpu_blocks.units_of(table, sources, range(len(table.entries)), lambda i: sources.entries[i][0].loss_id)
+    workers.run(task.run, units)
 
-    def work(unit: list[_Block]) -> None:
+
+class _Inspection(NamedTuple):
+    """What the threads of `inspect` share; each writes the cells of its own units."""
+
+    table: TensorTable
+    sources: SourceTable
+    readings: list[list[Reading]]
+    partials: np.ndarray
+    tallies: np.ndarray
+    attempt: int
+
+    def run(self, unit: list[Block]) -> None:
+        """Inspects a unit."""
         with np.errstate(all="ignore"):
-            for block in unit:
-                here = [r.cut(block) for r in readings[block.tensor]]
-                for source, reading in zip(sources.entries[block.tensor], here, strict=True):
-                    if source.scale is not None:
-                        _tally(tallies[block.program :, source.loss_id], reading)
-                partials[block.program] = _square_sum(here, block.stop - block.start)
-                if not math.isfinite(partials[block.program]):  # an overflow, or only a square beyond FP32
-                    partials[block.program] = math.inf
-                    _stamp(table, block, attempt, here, sources.entries[block.tensor])
+            if len(unit) == 1:
+                self._block(unit[0])
+            else:
+                self._pack(unit)
 
-    workers.run(work, _units(table, sources, range(len(table.entries))))
+    def _block(self, block: Block) -> None:
+        here = [reading.cut(block) for reading in self.readings[block.tensor]]
+        size = block.stop - block.start
+        g, t = buffers.take(2, size)
+        ends = [*range(0, size, layout.INSPECT_CHUNK), size]
+        for source, reading in zip(self.sources.entries[block.tensor], here, strict=True):
+            if source.scale is not None:
+                cells = self.tallies[block.program : block.program + len(ends) - 1, source.loss_id]
+                cells[:, layout.SMALL], cells[:, layout.LARGEST] = _tally(reading, ends, g, t)
+        cpu_blocks.unscale(g, t, here, 1.0)
+        np.multiply(g, g, g)
+        self._finish(block, here, float(np.einsum("i->", g, dtype=np.float64)))
+
+    def _pack(self, pack: list[Block]) -> None:
+        here = [self.readings[block.tensor][0] for block in pack]
+        ends = cpu_blocks.ends_of(pack)
+        g, t, *_, row = buffers.take(ROWS, ends[-1])
+        together = cpu_blocks.side_by_side(here, row)
+        (source,) = self.sources.entries[pack[0].tensor]
+        if source.scale is not None:
+            programs = [block.program for block in pack]
+            small, largest = _tally(together, ends, g, t)
+            self.tallies[programs, source.loss_id, layout.SMALL] = small
+            self.tallies[programs, source.loss_id, layout.LARGEST] = largest
+        cpu_blocks.unscale(g, t, [together], 1.0)
+        np.multiply(g, g, g)
+        sums = np.add.reduceat(g, ends[:-1], dtype=np.float64).tolist()
+        for block, reading, square_sum in zip(pack, here, sums, strict=True):
+            self._finish(block, [reading], square_sum)
+
+    def _finish(self, block: Block, here: Sequence[Reading], square_sum: float) -> None:
+        self.partials[block.program] = square_sum
+        if math.isfinite(square_sum):
+            return
+        self.partials[block.program] = math.inf  # an overflow, or only a square beyond FP32
+        shares = [reading.grad.float() * reading.inv_scale for reading in here]
+        total = shares[0]
+        for share in shares[1:]:
+            total = total + share
+        pending = self.sources.entries[block.tensor]
+        reference.stamp(self.table, block.tensor, block.program, self.attempt, total, shares, pending)
+
+
+class _Kind(NamedTuple):
+    """A gradient's type, read as integers."""
+
+    view: torch.dtype
+    magnitude: Any  # all bits but the sign's
+    widen: Callable[[np.ndarray], np.ndarray]  # from bits to float32
+
+
+_KINDS = {
+    torch.float16: _Kind(torch.int16, np.int16(0x7FFF), lambda x: x.view(np.float16).astype(np.float32)),
+    torch.bfloat16: _Kind(torch.int16, np.int16(0x7FFF), lambda x: (x.astype(np.uint32) << 16).view(np.float32)),
+    torch.float32: _Kind(torch.int32, np.int32(0x7FFFFFFF), lambda x: x.view(np.float32)),
+}
+
+
+def _tally(reading: Reading, ends: Sequence[int], a: np.ndarray, b: np.ndarray) -> tuple[list[int], np.ndarray]:
+    """What `layout.SMALL` and `LARGEST` say of the elements between each two of `ends`; overwrites `a` and `b`.
+
+    See `reference._tally`.
+    """
+    dtype, kind = reading.grad.dtype, _KINDS[reading.grad.dtype]
+    bits = reading.grad.view(kind.view).numpy()
+    magnitudes, small = a.view(bits.dtype)[: len(bits)], b.view(np.bool_)[: len(bits)]
+    np.bitwise_and(bits, kind.magnitude, magnitudes)
+    np.less(magnitudes, bits.dtype.type(reference.SMALLEST_NORMAL[dtype]), small)
+    largest = kind.widen(np.maximum.reduceat(magnitudes, ends[:-1])) * np.float32(reading.inv_scale)
+    counts = [int(np.count_nonzero(small[start:stop])) for start, stop in itertools.pairwise(ends)]
+    return counts, largest.view(np.int32)
 
 
 @torch.no_grad()
@@ -156,133 +153,97 @@ def update(table: TensorTable, sources: SourceTable, rule: Rule, decision: Tenso
     """
     if bool(decision[layout.SKIP] != 0):
         return
-    clip = float(decision[layout.CLIP])
-    step = RULES[rule.name]
-    entries, scalars, views = table.entries, table.scalars.numpy(), _views_of(table)
-    readings = _readings(sources)
-    scalars_of = {row.tobytes(): [row[j, ...] for j in range(layout.SCALARS)] for row in scalars}
-
-    def work(unit: list[_Block]) -> None:
-        with np.errstate(all="ignore"):
-            for block in unit:
-                tensor, start, stop, _ = block
-                param, master, slots = views[tensor]
-                g, t = _scratch.take(stop - start)
-                _unscale(g, t, [r.cut(block) for r in readings[tensor]], clip)
-                p = master[start:stop]
-                step(p, g, tuple(slot[start:stop] for slot in slots), scalars_of[scalars[tensor].tobytes()], t)
-                if entries[tensor].write_back:
-                    _convert(torch.from_numpy(p), param[start:stop])
-
+    scalars = table.scalars.numpy()
+    rows = [row.tobytes() for row in scalars]
+    task = _Update(
+        cpu_blocks.readings_of(sources),
+        _views_of(table),
+        RULES[rule.name],
+        rows,
+        # As arrays without a dimension, which NumPy takes faster than its own numbers, or Python's.
+        {row: [values[j, ...] for j in range(layout.SCALARS)] for row, values in zip(rows, scalars, strict=True)},
+        clip=float(decision[layout.CLIP]),
+    )
+    entries = table.entries
     chosen = [i for i, entry in enumerate(entries) if entry.rule == rule]
-    workers.run(work, _units(table, sources, chosen))
+    units = cpu_blocks.units_of(
+        table, sources, chosen, lambda i: (rows[i], entries[i].write_back, entries[i].param.dtype)
+    )
+    workers.run(task.run, units)
 
 
-def _units(table: TensorTable, sources: SourceTable, chosen: Iterable[int]) -> list[list[_Block]]:
-    """Blocks of those tensors among `chosen` that have a gradient, together BLOCK elements a unit at most."""
-    units: list[list[_Block]] = []
-    numels = [entry.param.numel() for entry in table.entries]
-    programs = np.cumsum([0, *(-(-n // layout.INSPECT_CHUNK) for n in numels)]).tolist()
-    room = 0
-    for i in chosen:
-        if not sources.entries[i]:
-            continue
-        for start in range(0, numels[i], BLOCK):
-            stop = min(start + BLOCK, numels[i])
-            if stop - start > room:
-                units.append([])
-                room = BLOCK
-            units[-1].append(_Block(i, start, stop, programs[i] + start // layout.INSPECT_CHUNK))
-            room -= stop - start
-    return units
+class _Views(NamedTuple):
+    """The memory of an entry, flat."""
+
+    master: np.ndarray  # float32[numel]
+    slots: tuple[np.ndarray, ...]  # float32[numel] each
+    param: Tensor | None  # [numel]; None where nothing is written back
+    bits: np.ndarray | None  # the same as integers, which NumPy copies as they are
+
+
+_views: weakref.WeakKeyDictionary[TensorTable, list[_Views]] = weakref.WeakKeyDictionary()
 
 
 def _views_of(table: TensorTable) -> list[_Views]:
     """Made once for a table: it is made anew when the memory of a tensor changes."""
     views = _views.get(table)
     if views is None:
-        views = [
-            _Views(flat(e.param), flat(e.master).numpy(), tuple(flat(slot).numpy() for slot in e.slots))
-            for e in table.entries
-        ]
+        views = []
+        for entry in table.entries:
+            param = flat(entry.param) if entry.write_back else None
+            bits = None if param is None else param.view(_KINDS[param.dtype].view).numpy()
+            views.append(_Views(flat(entry.master).numpy(), tuple(flat(s).numpy() for s in entry.slots), param, bits))
         _views[table] = views
     return views
 
 
-def _readings(sources: SourceTable) -> list[list[_Reading]]:
-    """The pending gradients of each tensor."""
-    scales = {id(source.scale): source.scale for pending in sources.entries for source in pending}
-    inverses = {key: reference.inverse(scale) for key, scale in scales.items()}
-    return [
-        [_Reading(flat(source.grad), inverses[id(source.scale)]) for source in pending] for pending in sources.entries
-    ]
+class _Update(NamedTuple):
+    """What the threads of `update` share; each writes the tensors of its own units."""
 
+    readings: list[list[Reading]]
+    views: list[_Views]
+    step: Callable[..., None]
+    rows: list[bytes]  # of each tensor's scalars
+    scalars: dict[bytes, list[np.ndarray]]
+    clip: float
 
-def _convert(source: Tensor, target: Tensor) -> None:
-    """Copies, rounding or widening, on this thread alone: larger copies would wake PyTorch's own threads."""
-    if source.numel() <= _SERIAL:
-        target.copy_(source)
-        return
-    for start in range(0, source.numel(), _SERIAL):
-        target[start : start + _SERIAL].copy_(source[start : start + _SERIAL])
+    def run(self, unit: list[Block]) -> None:
+        """Steps a unit."""
+        with np.errstate(all="ignore"):
+            if len(unit) == 1:
+                self._block(unit[0])
+            else:
+                self._pack(unit)
 
+    def _block(self, block: Block) -> None:
+        i, start, stop, _ = block
+        master, slots, param, _ = self.views[i]
+        g, t = buffers.take(2, stop - start)
+        cpu_blocks.unscale(g, t, [reading.cut(block) for reading in self.readings[i]], self.clip)
+        p = master[start:stop]
+        self.step(p, g, [slot[start:stop] for slot in slots], self.scalars[self.rows[i]], t)
+        if param is not None:
+            cpu_blocks.convert(torch.from_numpy(p), param[start:stop])
 
-def _widen(grad: Tensor, factor: float, out: np.ndarray) -> None:
-    """`out = float32(grad) * factor`."""
-    if grad.dtype == torch.float32:
-        np.multiply(grad.numpy(), np.float32(factor), out)
-    else:
-        _convert(grad, torch.from_numpy(out))
-        if factor != 1.0:
-            np.multiply(out, np.float32(factor), out)
-
-
-def _unscale(g: np.ndarray, t: np.ndarray, readings: Sequence[_Reading], clip: float) -> None:
-    """`g = (x_0 + x_1 + ...) * clip`, overwriting `t`."""
-    first, *others = readings
-    if not others and first.takes(clip):
-        _widen(first.grad, first.inv_scale * clip, g)
-        return
-    _widen(first.grad, first.inv_scale, g)
-    for reading in others:
-        _widen(reading.grad, reading.inv_scale, t)
-        np.add(g, t, g)
-    if clip != 1.0:
-        np.multiply(g, np.float32(clip), g)
-
-
-def _square_sum(readings: Sequence[_Reading], size: int) -> float:
-    """The sum of squares, each rounded to FP32, of the unscaled total; added in float64."""
-    g, t = _scratch.take(size)
-    _unscale(g, t, readings, 1.0)
-    np.multiply(g, g, g)
-    return float(np.einsum("i->", g, dtype=np.float64))
-
-
-def _tally(cells: np.ndarray, reading: _Reading) -> None:
-    """Counts a block of a scaled gradient, chunk by chunk; `cells` are int32[programs, layout.TALLY].
-
-    See `reference._tally`.
-    """
-    kind = _KINDS[reading.grad.dtype]
-    bits = reading.grad.view(kind.view).numpy()
-    a, b = _scratch.take(len(bits))
-    magnitudes, small = a.view(bits.dtype)[: len(bits)], b.view(np.bool_)[: len(bits)]
-    np.bitwise_and(bits, kind.magnitude, magnitudes)
-    np.less(magnitudes, kind.smallest_normal(), small)
-    starts = range(0, len(bits), layout.INSPECT_CHUNK)
-    largest = np.maximum.reduceat(magnitudes, starts)
-    for p, start in enumerate(starts):
-        cells[p, layout.SMALL] = np.count_nonzero(small[start : start + layout.INSPECT_CHUNK])
-    values = kind.widen(largest) * np.float32(reading.inv_scale)
-    cells[: len(largest), layout.LARGEST] = values.view(np.int32)
-
-
-def _stamp(
-    table: TensorTable, block: _Block, attempt: int, readings: Sequence[_Reading], pending: Sequence[Source]
-) -> None:
-    shares = [reading.grad.float() * reading.inv_scale for reading in readings]
-    total = shares[0]
-    for share in shares[1:]:
-        total = total + share
-    reference.stamp(table, block.tensor, block.program, attempt, total, shares, pending)
+    def _pack(self, pack: list[Block]) -> None:
+        views = [self.views[block.tensor] for block in pack]
+        ends = cpu_blocks.ends_of(pack)
+        g, t, p, *slots, row = buffers.take(ROWS, ends[-1])
+        slots = slots[: len(views[0].slots)]
+        together = cpu_blocks.side_by_side([self.readings[block.tensor][0] for block in pack], row)
+        cpu_blocks.unscale(g, t, [together], self.clip)
+        np.concatenate([view.master for view in views], out=p)
+        for j, slot in enumerate(slots):
+            np.concatenate([view.slots[j] for view in views], out=slot)
+        self.step(p, g, slots, self.scalars[self.rows[pack[0].tensor]], t)
+        bits = None
+        if views[0].param is not None:
+            rounded = torch.from_numpy(row).view(views[0].param.dtype)[: ends[-1]]
+            rounded.copy_(torch.from_numpy(p))
+            bits = rounded.view(_KINDS[rounded.dtype].view).numpy()
+        for view, (start, stop) in zip(views, itertools.pairwise(ends), strict=True):
+            view.master[:] = p[start:stop]
+            for old, slot in zip(view.slots, slots, strict=True):
+                old[:] = slot[start:stop]
+            if view.bits is not None and bits is not None:
+                view.bits[:] = bits[start:stop]

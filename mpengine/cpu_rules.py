@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-Arrays = tuple[np.ndarray, ...]
+Arrays = Sequence[np.ndarray]
 
 
 def assign(p: np.ndarray, g: np.ndarray, slots: Arrays, c: Sequence[np.ndarray], t: np.ndarray) -> None:

@@ -31,6 +31,7 @@ ORDER = [
     "reference",
     "workers",
     "cpu_rules",
+    "cpu_blocks",
     "cpu",
     "backend",
     "distributed",

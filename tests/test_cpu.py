@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import mpengine
-from mpengine import backend, cpu, cpu_rules, reference, rules, workers
+from mpengine import backend, cpu, cpu_blocks, cpu_rules, reference, rules, workers
 from mpengine.kernels import layout
 from tests.kernels.harness import (
     BRAIN,
@@ -37,7 +37,7 @@ from tests.kernels.harness import (
 from tests.kernels.test_random import NO_DEADLINE, problems
 
 INF, NAN = float("inf"), float("nan")
-BLOCK = cpu.BLOCK
+BLOCK = cpu_blocks.BLOCK
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -62,7 +62,7 @@ def check(problem, steps=2, module=cpu):
 
 def small_blocks(monkeypatch, chunks=1):
     """Blocks of a few chunks, so that a small problem has many."""
-    monkeypatch.setattr(cpu, "BLOCK", chunks * layout.INSPECT_CHUNK)
+    monkeypatch.setattr(cpu_blocks, "BLOCK", chunks * layout.INSPECT_CHUNK)
 
 
 @settings(max_examples=150, derandomize=True, **NO_DEADLINE)
@@ -112,6 +112,39 @@ def test_many_tiny_tensors(threads):
     check(Problem(tuple(Spec((n % 97,), group=n % 2) for n in range(700)), groups=({}, {"lr": 0.1}), max_norm=1.0))
 
 
+def test_a_pack_holds_only_what_the_same_numbers_step(threads):
+    """Types, losses, groups, idle tensors and step counts: side by side only where all of it is equal."""
+    few = (
+        Spec((1000,)),
+        Spec((31,), BRAIN, (Grad(0, SINGLE),)),
+        Spec((1025,), SINGLE, (Grad(1, SINGLE, misaligned=True),), misaligned=True),
+        Spec((7, 3, 5, 2), grads=(Grad(1),), channels_last=True),
+        Spec((9,), grads=()),
+        Spec((0,)),
+        Spec((64,), grads=(Grad(0), Grad(1))),
+        Spec((16384,), group=1),
+        Spec((12,), BRAIN, (Grad(1, BRAIN),), group=1),
+    )
+    groups = ({"weight_decay": 0.1}, {"lr": 0.1, "amsgrad": True})
+    problem = Problem(few * 5, ADAM, groups, scales=(1024.0, 3.0), max_norm=1.0)
+    expected, actual = build(problem, CPU), build(problem, CPU)
+    for world in (expected, actual):
+        world.table.steps[::4] = 7  # the tensors of a group need not have the same scalars
+    for _ in range(2):
+        for run in (run_inspect, run_decide, run_update):
+            run(expected, reference)
+            run(actual, cpu)
+            assert_same(expected, actual)
+
+
+@pytest.mark.parametrize("dtype", [HALF, BRAIN, SINGLE], ids=str)
+@pytest.mark.parametrize("guilty", [0, 5, 39])
+def test_an_overflow_in_one_tensor_of_a_pack(dtype, guilty, threads):
+    specs = tuple(Spec((31 + n,), dtype, (Grad(0, dtype),)) for n in range(40))
+    world = check(Problem(specs).with_spikes(guilty, 0, (30, NAN)), steps=1)
+    assert world.table.stamps[:, 0].nonzero().tolist() == [[guilty]]
+
+
 @pytest.mark.parametrize("scales", [(1024.0, 3.0, 0.1), (2.0**-126, None, 2.0**40)], ids=str)
 def test_several_sources(scales, threads, monkeypatch):
     small_blocks(monkeypatch, 2)
@@ -141,8 +174,8 @@ def test_one_factor_for_scale_and_clip_only_where_it_is_exact(scale, max_norm):
 @pytest.mark.parametrize("where", [0, -1])
 def test_an_overflow_in_one_block_only(value, block, where, threads, monkeypatch):
     small_blocks(monkeypatch, 2)
-    size = 3 * cpu.BLOCK + 5
-    position = min(block * cpu.BLOCK + where % cpu.BLOCK, size - 1)
+    size = 3 * cpu_blocks.BLOCK + 5
+    position = min(block * cpu_blocks.BLOCK + where % cpu_blocks.BLOCK, size - 1)
     world = check(Problem((Spec((3,)), Spec((size,)), Spec((9,)))).with_spikes(1, 0, (position, value)))
     assert world.table.counts.tolist() == [0, 2]
     assert (world.table.stamps > 0).flatten().tolist() == [False, True, False]
@@ -201,8 +234,8 @@ def test_no_more_units_than_needed(monkeypatch):
     """Many small tensors are few units, one large tensor several; idle and empty tensors none."""
     specs = [Spec((1024,))] * 1000 + [Spec((3 * BLOCK,)), Spec((0,)), Spec((1024,), grads=())]
     world = build(Problem(tuple(specs)), CPU)
-    units = cpu._units(world.table, world.sources, range(len(specs)))
-    assert len(units) == -(-1000 * 1024 // BLOCK) + 3
+    units = cpu_blocks.units_of(world.table, world.sources, range(len(specs)), lambda i: None)
+    assert [len(unit) for unit in units] == [cpu_blocks.PACK // 1024] * 32 + [8, 1, 1, 1]
     assert sum(block.stop - block.start for unit in units for block in unit) == 1000 * 1024 + 3 * BLOCK
 
 
@@ -303,7 +336,9 @@ def test_the_cpu_path_is_chosen():
 
 
 def test_what_a_thread_keeps_is_small():
-    assert 1 << 16 < sum(buffer.nbytes for buffer in cpu._Scratch().take(BLOCK)) <= 1 << 20
+    """However large the tensors: two rows of a block, or the rows of a pack."""
+    assert cpu_blocks.buffers.take(2, BLOCK).nbytes == 1 << 20
+    assert cpu_blocks.buffers.take(cpu_blocks.ROWS, cpu_blocks.PACK).nbytes <= 1 << 20
 
 
 # Sabotage: the comparison must notice each of these.
@@ -335,7 +370,7 @@ def test_a_rule_that_rounds_once_less_is_noticed(monkeypatch):
 
 
 def test_two_factors_taken_for_one_are_noticed(monkeypatch):
-    monkeypatch.setattr(cpu._Reading, "takes", lambda self, clip: True)
+    monkeypatch.setattr(cpu_blocks.Reading, "takes", lambda self, clip: True)
     with pytest.raises(AssertionError, match="differ"):
         check(replace(PROBLEM, scales=(3.0,)))
 
