@@ -21,7 +21,7 @@ from mpengine import reference
 from mpengine.kernels import layout
 from mpengine.masters import SourceTable, TensorTable, flat
 
-BLOCK = 8 * layout.INSPECT_CHUNK  # elements
+BLOCK = 32 * layout.INSPECT_CHUNK  # elements: an operation then takes far longer than handing on the interpreter's lock
 SERIAL = 1 << 15  # elements: PyTorch copies as many on the thread that asks for it
 PACK = SERIAL - 1  # and concatenates fewer
 ROWS = 8  # arrays of PACK numbers that a thread's buffers hold
@@ -63,7 +63,7 @@ class Reading(NamedTuple):
 
 
 class _Buffers(threading.local):
-    """The memory of one thread, which grows to what the largest block or pack needs: 1 MiB at most."""
+    """The memory of one thread, which grows to what the largest block or pack needs: 4 MiB at most."""
 
     def __init__(self) -> None:
         self._all = np.empty(0, np.float32)
@@ -137,11 +137,12 @@ def side_by_side(readings: Sequence[Reading], row: np.ndarray) -> Reading:
 
 def convert(source: Tensor, target: Tensor) -> None:
     """Copies, rounding or widening, on this thread alone: larger copies would wake PyTorch's own threads."""
-    if source.numel() <= SERIAL:
+    pieces = -(-source.numel() // SERIAL)
+    if pieces <= 1:
         target.copy_(source)
         return
-    for start in range(0, source.numel(), SERIAL):
-        target[start : start + SERIAL].copy_(source[start : start + SERIAL])
+    for to, part in zip(target.chunk(pieces), source.chunk(pieces), strict=True):
+        to.copy_(part)
 
 
 def unscale(g: np.ndarray, t: np.ndarray, readings: Sequence[Reading], clip: float) -> None:

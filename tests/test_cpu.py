@@ -337,7 +337,7 @@ def test_the_cpu_path_is_chosen():
 
 def test_what_a_thread_keeps_is_small():
     """However large the tensors: two rows of a block, or the rows of a pack."""
-    assert cpu_blocks.buffers.take(2, BLOCK).nbytes == 1 << 20
+    assert cpu_blocks.buffers.take(2, BLOCK).nbytes == 4 << 20
     assert cpu_blocks.buffers.take(cpu_blocks.ROWS, cpu_blocks.PACK).nbytes <= 1 << 20
 
 
