@@ -1,9 +1,10 @@
-"""The numerical specification, and the CPU path.
+"""The numerical specification, written plainly: everything that runs a step is compared with it, bit for bit.
 
-Every function here has a twin of the same name and signature in `kernels.launch`. All arithmetic on elements is
-FP32 in the order written, without contraction into fused multiply-adds, with correctly rounded division and
-square root; scalars are computed in float64 and rounded once. So the reference, the Triton interpreter and the
-GPU give the same bits, except for the order in which sums of squares are added.
+Every function here has a twin of the same name and signature in `kernels.launch` and in `mpengine.cpu`, whose `decide`
+and `update_scale` are these. All arithmetic on elements is FP32 in the order written, without contraction into fused
+multiply-adds, with correctly rounded division and square root; scalars are computed in float64 and rounded once. So
+the reference, the CPU path, the Triton interpreter and the GPU give the same bits, except for the order in which sums
+of squares are added.
 
 A step is three calls:
 
