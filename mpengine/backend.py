@@ -1,4 +1,4 @@
-"""The one place that chooses who executes a step: the reference on a CPU, the Triton kernels on CUDA."""
+"""The one place that chooses who executes a step: `mpengine.cpu` on a CPU, the Triton kernels on CUDA."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from types import ModuleType
 
 import torch
 
-from mpengine import reference
+from mpengine import cpu
 
-_cpu_module: ModuleType = reference
+_cpu_module: ModuleType = cpu
 
 
 def of(device: torch.device) -> ModuleType:

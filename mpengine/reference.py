@@ -1,9 +1,10 @@
-"""The numerical specification, and the CPU path.
+"""The numerical specification, written plainly: everything that runs a step is compared with it, bit for bit.
 
-Every function here has a twin of the same name and signature in `kernels.launch`. All arithmetic on elements is
-FP32 in the order written, without contraction into fused multiply-adds, with correctly rounded division and
-square root; scalars are computed in float64 and rounded once. So the reference, the Triton interpreter and the
-GPU give the same bits, except for the order in which sums of squares are added.
+Every function here has a twin of the same name and signature in `kernels.launch` and in `mpengine.cpu`, whose `decide`
+and `update_scale` are these. All arithmetic on elements is FP32 in the order written, without contraction into fused
+multiply-adds, with correctly rounded division and square root; scalars are computed in float64 and rounded once. So
+the reference, the CPU path, the Triton interpreter and the GPU give the same bits, except for the order in which sums
+of squares are added.
 
 A step is three calls:
 
@@ -62,7 +63,7 @@ def inspect(table: TensorTable, sources: SourceTable) -> None:
             block_sum = float((total * total).sum(dtype=torch.float64))
             square_sum += block_sum
             if not math.isfinite(block_sum):  # an overflow, or only a square beyond FP32
-                _stamp(table, i, here, attempt, total, shares, pending)
+                stamp(table, i, here, attempt, total, shares, pending)
         programs = -(-entry.param.numel() // layout.INSPECT_CHUNK)
         if programs:
             table.partials[first] = square_sum
@@ -79,18 +80,19 @@ def _tally(cells: np.ndarray, grad: Tensor, source: Source) -> None:
     largest = []
     for p, start in enumerate(range(0, len(magnitudes), layout.INSPECT_CHUNK)):
         chunk = magnitudes[start : start + layout.INSPECT_CHUNK]
-        cells[p, layout.SMALL] = np.count_nonzero(chunk < _SMALLEST_NORMAL[grad.dtype])
+        cells[p, layout.SMALL] = np.count_nonzero(chunk < SMALLEST_NORMAL[grad.dtype])
         largest.append(chunk.max())
     values = torch.from_numpy(np.array(largest)).view(grad.dtype).float() * inverse(source.scale)
     cells[: len(largest), layout.LARGEST] = values.numpy().view(np.int32)
 
 
-_SMALLEST_NORMAL = {torch.float16: 1 << 10, torch.bfloat16: 1 << 7, torch.float32: 1 << 23}  # bits
+SMALLEST_NORMAL = {torch.float16: 1 << 10, torch.bfloat16: 1 << 7, torch.float32: 1 << 23}  # bits
 
 
-def _stamp(
+def stamp(
     table: TensorTable, i: int, here: int, attempt: int, total: Tensor, shares: list[Tensor], pending: Sequence[Source]
 ) -> None:
+    """Marks and counts the overflows of a block of tensor `i` that begins with program `here`; none may be there."""
     overflowed = [~torch.isfinite(x) for x in shares]
     only_the_sum = ~torch.isfinite(total)
     for bad in overflowed:

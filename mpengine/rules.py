@@ -1,8 +1,8 @@
 """The update rules' declarations: which state a rule keeps, and which hyperparameters it reads.
 
-The arithmetic of a rule stands twice under the rule's name: in `mpengine.reference` (the specification) and in
-`kernels.rules` (Triton). A family is what one optimizer class needs: its hyperparameters, and the variants of
-its rule that differ in the state they keep.
+The arithmetic of a rule stands three times under the rule's name: in `mpengine.reference` (the specification), in
+`mpengine.cpu_rules` (NumPy) and in `kernels.rules` (Triton). A family is what one optimizer class needs: its
+hyperparameters, and the variants of its rule that differ in the state they keep.
 """
 
 from __future__ import annotations

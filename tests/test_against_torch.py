@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpengine import MixedPrecisionOptimizer, reference
+from mpengine import MixedPrecisionOptimizer, backend, reference
 from mpengine.kernels import layout
 from tests.harness import BRAIN, HALF, SINGLE, feed, parameters, same_bits, twins_of
 from tests.oracle import Oracle, U, clip_of, norm_of
@@ -371,6 +371,7 @@ SABOTAGE = {
     ],
 )
 def test_a_sabotaged_update_is_noticed(sabotage, case, monkeypatch):
+    monkeypatch.setattr(backend, "_cpu_module", reference)
     cls, options = case
     race = Race(cls, options, max_grad_norm=1.0)
     sabotage(monkeypatch)

@@ -33,6 +33,10 @@ ORDER = [
     "report",
     "timetable",
     "reference",
+    "workers",
+    "cpu_rules",
+    "cpu_blocks",
+    "cpu",
     "backend",
     "distributed",
     "labels",
@@ -223,10 +227,10 @@ def test_the_public_face():
 
 
 def test_every_rule_stands_in_the_reference_and_in_the_kernels():
-    from mpengine import reference
+    from mpengine import cpu_rules, reference
 
     declared = {v.name: v for v in vars(rules).values() if isinstance(v, rules.Rule)}
-    assert set(declared) == set(reference.RULES)
+    assert set(declared) == set(reference.RULES) == set(cpu_rules.RULES)
     tree = ast.parse((ROOT / "kernels" / "rules.py").read_text())
     tables = {
         n.targets[0].id: n.value for n in tree.body if isinstance(n, ast.Assign) and isinstance(n.value, ast.Dict)

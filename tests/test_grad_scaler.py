@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import mpengine
-from mpengine import reference
+from mpengine import cpu, reference
 from mpengine.grad_scaler import GradScaler
 from mpengine.loss_scales import LossScales
 from mpengine.scaling import next_state
@@ -854,13 +854,13 @@ class TestSeveralLosses:
 
 
 def _one_loss_backs_off_all(monkeypatch):
-    update_scale = reference.update_scale
+    update_scale = cpu.update_scale
 
     def sabotaged(scale, previous, counters, votes, policy):
         votes[:, :, 0] = votes[:, :, 0].max()
         update_scale(scale, previous, counters, votes, policy)
 
-    monkeypatch.setattr(reference, "update_scale", sabotaged)
+    monkeypatch.setattr(cpu, "update_scale", sabotaged)
 
 
 def _growth_one_late(monkeypatch):
@@ -885,13 +885,13 @@ def _saved_scales_are_not_loaded(monkeypatch):
 
 
 def _overflow_is_stepped(monkeypatch):
-    decide = reference.decide
+    decide = cpu.decide
 
     def sabotaged(table, *args, **kwargs):
         decide(table, *args, **kwargs)
         table.decision[0] = 0.0
 
-    monkeypatch.setattr(reference, "decide", sabotaged)
+    monkeypatch.setattr(cpu, "decide", sabotaged)
 
 
 @pytest.mark.parametrize(

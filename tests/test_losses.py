@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mpengine import GradScaler, MixedPrecisionOptimizer, gradients, plain, reference
+from mpengine import GradScaler, MixedPrecisionOptimizer, cpu, gradients, plain, reference
 from mpengine.gradients import Ledger
 from mpengine.kernels import layout
 from mpengine.loss_scales import LossScales
@@ -1090,13 +1090,13 @@ def _unscale_by_todays_scale(monkeypatch):
 
 
 def _back_off_all_losses(monkeypatch):
-    update_scale = reference.update_scale
+    update_scale = cpu.update_scale
 
     def sabotaged(scale, previous, counters, votes, policy):
         votes[:, :, 0] = votes[:, :, 0].max()
         update_scale(scale, previous, counters, votes, policy)
 
-    monkeypatch.setattr(reference, "update_scale", sabotaged)
+    monkeypatch.setattr(cpu, "update_scale", sabotaged)
 
 
 def _growth_one_late(monkeypatch):
@@ -1173,14 +1173,14 @@ def test_the_state_machine_notices_sabotage(sabotage, monkeypatch):
 
 
 def _wrong_by_an_ulp(monkeypatch):
-    update = reference.update
+    update = cpu.update
 
     def sabotaged(table, sources, rule, decision):
         update(table, sources, rule, decision)
         for entry in table.entries:
             entry.master.data = torch.nextafter(entry.master.data, torch.tensor(INF))
 
-    monkeypatch.setattr(reference, "update", sabotaged)
+    monkeypatch.setattr(cpu, "update", sabotaged)
 
 
 def _in_order_of_arrival(monkeypatch):

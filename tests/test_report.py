@@ -72,7 +72,7 @@ def test_underflow_and_largest_of_each_loss():
 
 
 def test_a_count_that_misses_the_subnormal_ones_is_noticed(monkeypatch):
-    monkeypatch.setitem(reference._SMALLEST_NORMAL, torch.float16, 1)
+    monkeypatch.setitem(reference.SMALLEST_NORMAL, torch.float16, 1)
     with pytest.raises(AssertionError):
         test_underflow_and_largest_of_each_loss()
 

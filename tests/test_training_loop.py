@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import mpengine
-from mpengine import GradScaler, reference
+from mpengine import GradScaler, cpu, reference
 from tests.harness import BRAIN, FUSED, GENERAL, HALF, SINGLE, feed, params_of, same_bits, snapshot
 from tests.oracle import Oracle, U, clip_of
 
@@ -176,21 +176,21 @@ def test_scales_and_weights_are_torch_amps(make_model, name, max_grad_norm):
 
 
 def _no_back_off(monkeypatch):
-    monkeypatch.setattr(reference, "update_scale", lambda scale, previous, counters, votes, policy: votes.zero_())
+    monkeypatch.setattr(cpu, "update_scale", lambda scale, previous, counters, votes, policy: votes.zero_())
 
 
 def _overflows_unnoticed(monkeypatch):
-    monkeypatch.setattr(reference, "_stamp", lambda *args: None)
+    monkeypatch.setattr(reference, "stamp", lambda *args: None)
 
 
 def _skips_not_obeyed(monkeypatch):
-    decide = reference.decide
+    decide = cpu.decide
 
     def careless(table, *args, **kwargs):
         decide(table, *args, **kwargs)
         table.decision[0] = 0.0
 
-    monkeypatch.setattr(reference, "decide", careless)
+    monkeypatch.setattr(cpu, "decide", careless)
 
 
 def _unscaled_twice(monkeypatch):

@@ -1,4 +1,4 @@
-"""Runs the reference and the kernels side by side on equal problems, and compares every bit after every launch.
+"""Runs the reference, the CPU path and the kernels side by side on equal problems; compares every bit after each call.
 
 Every buffer, the tables' own included, lies between sentinels: a read past an end changes a sum, a write past an end
 changes a sentinel, and whole buffers are compared. (The sentinel is a number: NaN would come out of the arithmetic as
@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpengine import reference, rules
+from mpengine import cpu, reference, rules
 from mpengine.kernels import launch, layout
 from mpengine.masters import Entry, TensorTable
 from mpengine.sources import Ballot, Source, SourceTable
 
+CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PAD = 64  # sentinel elements on either side: 128 bytes at least, so that buffers start on 16 bytes
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
@@ -189,24 +190,28 @@ def run_update(world: World, module: Any) -> None:
 
 
 def check(problem: Problem, steps: int = 2, module: Any = launch) -> World:
-    """Runs `steps` steps of the reference and of `module` side by side; raises where they differ.
+    """Runs `steps` steps of the reference, of the CPU path and of `module` side by side; raises where they differ.
 
     Returns:
         The kernels' world after the last step.
     """
-    expected, actual = build(problem, torch.device("cpu")), build(problem, DEVICE)
+    expected, blocked, actual = (build(problem, device) for device in (CPU, CPU, DEVICE))
+    others = ((blocked, cpu), (actual, module))
     for _ in range(steps):
         run_inspect(expected, reference)
-        run_inspect(actual, module)
-        assert_same_partials(expected, actual)
-        assert_same(expected, actual)
+        for world, path in others:
+            run_inspect(world, path)
+            assert_same_partials(expected, world)
+            assert_same(expected, world)
         run_decide(expected, reference)
-        run_decide(actual, module)
-        assert_same_decision(expected, actual)
-        assert_same(expected, actual)
+        for world, path in others:
+            run_decide(world, path)
+            assert_same_decision(expected, world)
+            assert_same(expected, world)
         run_update(expected, reference)
-        run_update(actual, module)
-        assert_same(expected, actual)
+        for world, path in others:
+            run_update(world, path)
+            assert_same(expected, world)
     return actual
 
 
@@ -228,7 +233,7 @@ def assert_same_decision(expected: World, actual: World) -> None:
     there, here = expected.table.decision.cpu(), actual.table.decision.cpu()
     assert ulps(there[layout.CLIP], here[layout.CLIP]) <= 1, f"clip {here[layout.CLIP]} for {there[layout.CLIP]}"
     assert ulps(there[layout.NORM], here[layout.NORM]) <= 1, f"norm {here[layout.NORM]} for {there[layout.NORM]}"
-    actual.table.decision[1:3] = expected.table.decision[1:3].to(DEVICE)
+    actual.table.decision[1:3] = expected.table.decision[1:3].to(actual.table.decision.device)
 
 
 def ulps(a: Tensor, b: Tensor) -> int:

@@ -24,7 +24,7 @@ import pytest
 import torch
 from torch import nn
 
-from mpengine import MixedPrecisionOptimizer, reference
+from mpengine import MixedPrecisionOptimizer, backend, reference
 from tests.parity.harness import ULP_A_STEP, Reach, ulp
 
 STEPS, SIZE = 300, 64
@@ -167,6 +167,7 @@ SABOTAGE = {
     [pytest.param(change, case, id=f"{name}-{case}") for name, (change, cases) in SABOTAGE.items() for case in cases],
 )
 def test_a_sabotaged_rule_is_beyond_it(change, case, monkeypatch):
+    monkeypatch.setattr(backend, "_cpu_module", reference)
     for name, rule in list(reference.RULES.items()):
         if name != "assign":
             monkeypatch.setitem(
@@ -182,5 +183,6 @@ def test_a_lost_largest_moment_is_beyond_it(monkeypatch):
         new, moments = reference.adam(p, g, slots[:2], c)
         return new, (*moments, slots[2])
 
+    monkeypatch.setattr(backend, "_cpu_module", reference)
     monkeypatch.setitem(reference.RULES, "adam_amsgrad", without)
     assert Run("adamw, amsgrad", steps=100).worst["rare"] > ULP_A_STEP
