@@ -29,8 +29,9 @@ from mpengine import cpu_blocks, reference, workers
 from mpengine.cpu_blocks import ROWS, Block, Reading, buffers
 from mpengine.cpu_rules import RULES
 from mpengine.kernels import layout
-from mpengine.masters import SourceTable, TensorTable, flat
+from mpengine.masters import TensorTable, flat
 from mpengine.rules import Rule
+from mpengine.sources import SourceTable
 
 decide = reference.decide
 update_scale = reference.update_scale

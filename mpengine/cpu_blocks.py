@@ -19,7 +19,8 @@ from torch import Tensor
 
 from mpengine import reference
 from mpengine.kernels import layout
-from mpengine.masters import SourceTable, TensorTable, flat
+from mpengine.masters import TensorTable, flat
+from mpengine.sources import SourceTable
 
 BLOCK = 32 * layout.INSPECT_CHUNK  # elements: an operation then takes far longer than handing on the interpreter's lock
 SERIAL = 1 << 15  # elements: PyTorch copies as many on the thread that asks for it
