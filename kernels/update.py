@@ -73,10 +73,10 @@ def _update_kernel(
 
     active = address != 0  # an idle tensor is left alone
     work = ((address, scale, kind), source_ptr, count, state, param, scalars_ptr + tensor * SCALARS, clip)
-    offsets = tl.arange(0, CHUNK)
     if active & aligned & ((format & ALIGNED) != 0) & (left >= CHUNK):
-        _update_block(work, start, offsets, None, RULE, SLOTS, SOURCES, KINDS, PARAM_KINDS)
+        _update_block(work, start, tl.arange(0, CHUNK), None, RULE, SLOTS, SOURCES, KINDS, PARAM_KINDS)
     elif active:
+        offsets = tl.arange(0, CHUNK)
         _update_block(work, start, offsets, offsets < left, RULE, SLOTS, SOURCES, KINDS, PARAM_KINDS)
 
 
