@@ -107,7 +107,7 @@ class Program:
                 )
             if any(i.ends for i in block.instructions):
                 yield path
-            stack += [(path + [n], seen | {n}) for n in dict.fromkeys(block.successors) if n not in seen]
+            stack += [([*path, n], seen | {n}) for n in dict.fromkeys(block.successors) if n not in seen]
 
     def accesses(self, path: list[int]) -> Counter[Access]:
         """Element accesses of a path, each loop's body once."""

@@ -20,7 +20,7 @@ from dataclasses import asdict
 from multiprocessing import get_context
 
 from benchmarks.counts import Path, Row, count
-from benchmarks.gpus import GPUS, MULTIPROCESSORS
+from benchmarks.gpus import MULTIPROCESSORS
 
 ARCHITECTURES = tuple(MULTIPROCESSORS)
 WIDTHS = {8, 16}  # bytes of a full block's access

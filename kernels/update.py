@@ -36,6 +36,8 @@ from .fields import (
 )
 from .gradients import element_ptr, pending, read, source, unscaled, write
 
+_PER_THREAD = tl.constexpr(4)  # elements of a full block
+
 
 @triton.jit
 def _update_kernel(
@@ -74,10 +76,13 @@ def _update_kernel(
     active = address != 0  # an idle tensor is left alone
     work = ((address, scale, kind), source_ptr, count, state, param, scalars_ptr + tensor * SCALARS, clip)
     if active & aligned & ((format & ALIGNED) != 0) & (left >= CHUNK):
-        _update_block(work, start, tl.arange(0, CHUNK), None, RULE, SLOTS, SOURCES, KINDS, PARAM_KINDS)
-    elif active:
         offsets = tl.arange(0, CHUNK)
-        _update_block(work, start, offsets, offsets < left, RULE, SLOTS, SOURCES, KINDS, PARAM_KINDS)
+        _update_block(work, start, offsets, None, RULE, SLOTS, SOURCES, KINDS, PARAM_KINDS)
+    elif active:  # an element a thread: in one layout, where a masked block would be stored in another than it is read
+        end = start + tl.minimum(left, CHUNK)
+        for first in range(start, end, CHUNK // _PER_THREAD):
+            offsets = tl.arange(0, CHUNK // _PER_THREAD)
+            _update_block(work, first, offsets, offsets < end - first, RULE, SLOTS, SOURCES, KINDS, PARAM_KINDS)
 
 
 @triton.jit
