@@ -133,7 +133,7 @@ def full_block_paths(ptx: str, sass: str | None, elements: int, row: Row, losses
     """
     high, low = listing.read_ptx(ptx), listing.read_sass(sass) if sass else None
     found = []
-    for accesses, way in listing.full_paths(high).items():
+    for way in listing.full_paths(high):
         loops = high.busy_loops(way)
         trips = _trips(high, loops, elements * row.threads, losses)
         again = {b for loop in loops if _repeats(high, loop, loops) for b in loop.blocks}
@@ -151,7 +151,7 @@ def full_block_paths(ptx: str, sass: str | None, elements: int, row: Row, losses
         )
         if low:
             wanted = [(high.within(loop, way), trips[loop.head]) for loop in loops]
-            _count_instructions(path, low, Counter(dict(accesses)), wanted, elements, row)
+            _count_instructions(path, low, high.accesses(way), wanted, elements, row)
         found.append(path)
     return found
 

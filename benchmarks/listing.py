@@ -10,7 +10,8 @@ path     from the entry to an exit, through every loop body once
 In PTX a masked access is predicated, so the full-block paths are those whose element accesses are all unpredicated.
 In SASS the same path is one that makes the same element accesses (the compiler may have predicated one of them where a
 branch was short): both listings are read independently, and where no path of the SASS agrees with the PTX, that is an
-error and no number. Of several that agree the longest counts. A
+error and no number. Of several that agree the longest counts, but a thread that may leave and has no element ahead of
+it leaves (inspect's search for the guilty losses, behind that point, is for overflows). A
 block that calls a subroutine (division and root of extraordinary operands) is not on the path; the test before it is.
 """
 
@@ -19,11 +20,9 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-
-_PATHS = 50_000  # more than this are not followed
 
 
 @dataclass(frozen=True, order=True)
@@ -83,31 +82,44 @@ class Loop:
     blocks: frozenset[int]
 
 
+# How often each access is made, predicated or not, in which loops.
+_Made = frozenset[tuple[tuple[Access | None, bool, frozenset[int]], int]]
+
+
 class Program:
     """The control flow of one kernel."""
 
     def __init__(self, lines: list[tuple[str, Instruction]]) -> None:
         self.blocks = _cut(lines)
         _mark_elements(self.blocks)
-        self.loops = _loops(self.blocks)
+        self.order, self.backward = _order(self.blocks)
+        self.loops = _loops(self.blocks, self.backward)
 
-    def paths(self, allowed: Callable[[Block], bool]) -> Iterator[list[int]]:
-        """Every path from the entry to an exit through blocks that are allowed and not slow."""
-        stack: list[tuple[list[int], frozenset[int]]] = [([0], frozenset([0]))]
-        followed = 0
-        while stack:
-            path, seen = stack.pop()
-            block = self.blocks[path[-1]]
+    def paths(self, allowed: Callable[[Block], bool]) -> list[list[int]]:
+        """Paths from the entry to an exit through blocks that are allowed and not slow.
+
+        Of those that make the same element accesses in the same loops, the longest alone.
+        """
+        ahead: dict[int, dict[_Made, tuple[int, list[int]]]] = {}  # {block: {accesses from there: (length, path)}}
+        for b in self.order:
+            block = self.blocks[b]
+            ahead[b] = {}
             if block.slow or not allowed(block):
                 continue
-            followed += 1
-            if followed > _PATHS:
-                raise ValueError(
-                    f"more than {_PATHS} paths through {len(self.blocks)} blocks: the listing is too branchy"
-                )
-            if any(i.ends for i in block.instructions):
-                yield path
-            stack += [([*path, n], seen | {n}) for n in dict.fromkeys(block.successors) if n not in seen]
+            context = frozenset(loop.head for loop in self.loops if b in loop.blocks)
+            own = Counter((i.access, i.guarded, context) for i in block.instructions if i.element)
+            ends: list[tuple[_Made, int, list[int]]] = []
+            if may_end := any(i.ends for i in block.instructions):
+                ends.append((frozenset(), 0, []))
+            for n in block.successors:
+                if (b, n) not in self.backward:
+                    ends += [(made, *rest) for made, rest in ahead[n].items() if made or not may_end]
+            for made, length, path in ends:
+                key = frozenset((own + Counter(dict(made))).items()) if own else made
+                length += len(block.instructions)
+                if length > ahead[b].get(key, (0,))[0]:
+                    ahead[b][key] = (length, [b, *path])
+        return [path for _, path in ahead[0].values()]
 
     def accesses(self, path: list[int]) -> Counter[Access]:
         """Element accesses of a path, each loop's body once."""
@@ -157,14 +169,10 @@ class Program:
         return most
 
 
-def full_paths(ptx: Program) -> dict[tuple[tuple[Access, int], ...], list[int]]:
-    """The longest full-block path for each set of element accesses, those that move most first."""
-    found: dict[tuple[tuple[Access, int], ...], list[int]] = {}
-    for path in ptx.paths(lambda block: not block.predicated):
-        key = tuple(sorted(ptx.accesses(path).items()))
-        if key and len(path) > len(found.get(key, [])):
-            found[key] = path
-    return dict(sorted(found.items(), key=lambda item: -sum(a.width * n for a, n in item[0])))
+def full_paths(ptx: Program) -> list[list[int]]:
+    """The full-block paths, one for each set of element accesses; those that move most first."""
+    found = [path for path in ptx.paths(lambda block: not block.predicated) if ptx.accesses(path)]
+    return sorted(found, key=lambda path: -sum(access.width * n for access, n in ptx.accesses(path).items()))
 
 
 def same_path(sass: Program, wanted: Counter[Access], in_loops: list[Counter[Access]]) -> list[int]:
@@ -173,14 +181,17 @@ def same_path(sass: Program, wanted: Counter[Access], in_loops: list[Counter[Acc
     Raises:
         ValueError: There is none, so the listings contradict each other.
     """
+
+    def allowed(block: Block) -> bool:
+        return block.accesses <= wanted and (not block.predicated or not wanted.keys().isdisjoint(block.predicated))
+
     best: list[int] = []
     length = 0
-    for path in sass.paths(lambda block: block.accesses <= wanted):
+    for path in sass.paths(allowed):
         size = sum(len(sass.blocks[b].instructions) for b in path)
-        if size > length and sass.makes(wanted, path):
-            loops = sass.busy_loops(path)
-            pairs = zip(in_loops, loops, strict=False)
-            if len(loops) == len(in_loops) and all(sass.makes(part, path, loop) for part, loop in pairs):
+        loops = sass.busy_loops(path)
+        if size > length and len(loops) == len(in_loops) and sass.makes(wanted, path):
+            if all(sass.makes(part, path, loop) for part, loop in zip(in_loops, loops, strict=True)):
                 best, length = path, size
     if not best:
         raise ValueError(f"no path of the SASS makes the element accesses of the PTX, {dict(wanted)}")
@@ -228,25 +239,32 @@ def _mark_elements(blocks: list[Block]) -> None:
                 todo.append(follower)
 
 
-def _loops(blocks: list[Block]) -> list[Loop]:
-    before: dict[int, set[int]] = {n: set() for n in range(len(blocks))}
+def _order(blocks: list[Block]) -> tuple[list[int], set[tuple[int, int]]]:
+    """The blocks that are reached, each behind what follows it, and the edges backward to what it follows."""
+    done: list[int] = []
     backward: set[tuple[int, int]] = set()
-    state = dict.fromkeys(range(len(blocks)), 0)  # 1: on the way, 2: done
-    stack: list[tuple[int, Iterator[int]]] = [(0, iter(blocks[0].successors))] if blocks else []
-    state[0] = 1
+    state = {0: "open"}
+    stack = [(0, iter(blocks[0].successors))]
     while stack:
         n, rest = stack[-1]
         follower = next(rest, None)
         if follower is None:
-            state[n] = 2
+            state[n] = "done"
+            done.append(n)
             stack.pop()
-            continue
-        before[follower].add(n)
-        if state[follower] == 1:
+        elif state.get(follower) == "open":
             backward.add((n, follower))
-        elif state[follower] == 0:
-            state[follower] = 1
+        elif follower not in state:
+            state[follower] = "open"
             stack.append((follower, iter(blocks[follower].successors)))
+    return done, backward
+
+
+def _loops(blocks: list[Block], backward: set[tuple[int, int]]) -> list[Loop]:
+    before: dict[int, list[int]] = {n: [] for n in range(len(blocks))}
+    for n, block in enumerate(blocks):
+        for follower in block.successors:
+            before[follower].append(n)
     found: dict[int, set[int]] = {}
     for end, head in backward:
         body = found.setdefault(head, {head})
