@@ -153,7 +153,7 @@ def full_block_paths(ptx: str, sass: str | None, elements: int, row: Row, losses
             wanted = [(high.within(loop, way), trips[loop.head]) for loop in loops]
             _count_instructions(path, low, high.accesses(way), wanted, elements, row)
         found.append(path)
-    return found
+    return sorted(found, key=lambda path: -path.bytes_per_parameter)
 
 
 def _count_instructions(

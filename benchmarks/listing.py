@@ -2,7 +2,8 @@
 
 ```
 blocks   the listing, cut at labels and branches; an edge for each branch that may be taken
-element  an access is one to element data where its address depends on the thread's number; the tables' do not
+element  an access is one to element data where its address depends on the thread's number; those to tables do not,
+         or are of 64-bit words, which in PTX no element is
 loops    the natural loops: what leads back to a branch's target; bodies count as often as they run
 path     from the entry to an exit, through every loop body once
 ```
@@ -170,9 +171,9 @@ class Program:
 
 
 def full_paths(ptx: Program) -> list[list[int]]:
-    """The full-block paths, one for each set of element accesses; those that move most first."""
+    """The full-block paths, one for each set of element accesses."""
     found = [path for path in ptx.paths(lambda block: not block.predicated) if ptx.accesses(path)]
-    return sorted(found, key=lambda path: -sum(access.width * n for access, n in ptx.accesses(path).items()))
+    return found
 
 
 def same_path(sass: Program, wanted: Counter[Access], in_loops: list[Counter[Access]]) -> list[int]:
@@ -377,7 +378,8 @@ def _ptx_instruction(guarded: bool, op: str, rest: str) -> Instruction:
     made = Instruction(op, guarded, (), tuple(n for group in names for n in group))
     if match := re.match(r"(ld|st)\.global(?:\.\w+)*?(?:\.v(\d))?\.[a-z](\d+)$", op):
         made.access = Access("load" if match[1] == "ld" else "store", int(match[2] or 1) * int(match[3]) // 8)
-        made.address = next(n for o, n in zip(operands, names, strict=True) if o.startswith("["))
+        if int(match[3]) < 64:
+            made.address = next(n for o, n in zip(operands, names, strict=True) if o.startswith("["))
     elif op.startswith(("ld.global", "st.global")):
         raise ValueError(f"cannot read the width of {op}")
     if names and not op.startswith(("st.", "bar", "red.", "prefetch")):

@@ -74,7 +74,8 @@ def table(rows: Sequence[Row]) -> str:
     """The rows for a reader, and the predictions."""
     lines = [
         "B: bytes a parameter in full blocks; instr: SASS instructions a parameter of the whole program (in its loop);",
-        "blocks: on a multiprocessor (limited by); flight: KB of loads in flight there",
+        "blocks: on a multiprocessor (limited by); flight: KB of loads in flight there.",
+        "Of several paths for full blocks (element types, nothing written back) the one that moves most; --json has all.",
         "",
         f"{'case':33} {'arch':6} {'B':>4} {'reads':12} {'writes':12} {'regs':>4} {'spilled':>7} {'shared':>6}  "
         f"{'blocks':15} {'instr':>13} {'flight':>6}",
@@ -84,7 +85,7 @@ def table(rows: Sequence[Row]) -> str:
         middle = f"{row.registers:4} {row.spilled_bytes:7} {row.shared_bytes:6}  "
         middle += f"{f'{row.blocks} ({row.blocks_limit})':15}"
         lines += [f"{line} {'-':>4} {'-':12} {'-':12} {middle}"] if not row.paths else []
-        for path in row.paths:
+        for path in row.paths[:1]:
             counted = "-" if path.instructions_per_parameter is None else f"{path.instructions_per_parameter:.1f}"
             if path.loop_instructions_per_parameter is not None:
                 counted += f" ({path.loop_instructions_per_parameter:.1f})"
@@ -96,18 +97,14 @@ def table(rows: Sequence[Row]) -> str:
     lines += ["", "PREDICTIONS, ns a parameter (= ms for 10^6 parameters), by published figures: nothing was measured"]
     lines += [f"{'case':33} {'GPU':10} {'prediction':>10} {'memory':>8} {'issue':>8}"]
     for row in rows:
-        for path in row.paths:
+        for path in row.paths[:1]:
             for p in path.predictions:
-                lines.append(f"{_labelled(row, path):33} {p.gpu:10} {p.ns:10.5f} {p.memory_ns:8.5f} {p.issue_ns:8.5f}")
+                lines.append(f"{row.case:33} {p.gpu:10} {p.ns:10.5f} {p.memory_ns:8.5f} {p.issue_ns:8.5f}")
     return "\n".join(lines)
 
 
 def _moves(accesses: list[tuple[int, float]]) -> str:
     return "+".join(f"{n:g}x{width}" for width, n in accesses) or "-"
-
-
-def _labelled(row: Row, path: Path) -> str:
-    return row.case if len(row.paths) == 1 else f"{row.case}, {path.bytes_per_parameter:g} B"
 
 
 def rows_of(cases: Sequence[str], architectures: Sequence[int], workers: int) -> list[Row]:

@@ -78,7 +78,7 @@ def _inspect_kernel(
     source_ptr = sources_ptr + tensor * (SOURCES * SOURCE)
     left = tl.load(rows_ptr + tensor * ROW + NUMEL) - start
     address, scale, kind = source(source_ptr)
-    count, aligned = pending(source_ptr, SOURCES)
+    count, aligned = pending(source_ptr, SOURCES, True)
     size = tl.where(address != 0, tl.minimum(left, CHUNK), 0).to(tl.int32)  # an idle tensor adds up to 0
 
     first = (address, scale, kind)

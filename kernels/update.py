@@ -71,7 +71,7 @@ def _update_kernel(
         state = state + (tl.load(row_ptr + SLOT_PTR + i),)
     source_ptr = sources_ptr + tensor * (SOURCES * SOURCE)
     address, scale, kind = source(source_ptr)
-    count, aligned = pending(source_ptr, SOURCES)
+    count, aligned = pending(source_ptr, SOURCES, False)
 
     active = address != 0  # an idle tensor is left alone
     work = ((address, scale, kind), source_ptr, count, state, param, scalars_ptr + tensor * SCALARS, clip)
