@@ -191,9 +191,10 @@ def same_path(sass: Program, wanted: Counter[Access], in_loops: list[Counter[Acc
     for path in sass.paths(allowed):
         size = sum(len(sass.blocks[b].instructions) for b in path)
         loops = sass.busy_loops(path)
-        if size > length and len(loops) == len(in_loops) and sass.makes(wanted, path):
-            if all(sass.makes(part, path, loop) for part, loop in zip(in_loops, loops, strict=True)):
-                best, length = path, size
+        if size <= length or len(loops) != len(in_loops) or not sass.makes(wanted, path):
+            continue
+        if all(sass.makes(part, path, loop) for part, loop in zip(in_loops, loops, strict=True)):
+            best, length = path, size
     if not best:
         raise ValueError(f"no path of the SASS makes the element accesses of the PTX, {dict(wanted)}")
     return best

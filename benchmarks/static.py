@@ -20,7 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
 
-from benchmarks.counts import Path, Row, count
+from benchmarks.counts import Row, count
 from benchmarks.gpus import MULTIPROCESSORS
 
 ARCHITECTURES = tuple(MULTIPROCESSORS)
@@ -78,7 +78,7 @@ def table(rows: Sequence[Row]) -> str:
     lines = [
         "B: bytes a parameter in full blocks; instr: SASS instructions a parameter of the whole program (in its loop);",
         "blocks: on a multiprocessor (limited by); flight: KB of loads in flight there.",
-        "Of several paths for full blocks (element types, nothing written back) the one that moves most; --json has all.",
+        "Of several paths (other element types, nothing written back) the one that moves most; --json has all.",
         "",
         f"{'case':33} {'arch':6} {'B':>4} {'reads':12} {'writes':12} {'regs':>4} {'spilled':>7} {'shared':>6}  "
         f"{'blocks':15} {'instr':>13} {'flight':>6}",

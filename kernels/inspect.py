@@ -20,10 +20,10 @@ guilty store the same number: the race is harmless. Gradients without a scale (u
 
 Bytes per parameter: each source's gradient once: 2 (fp16, bf16) or 4 (FP32), or 0.5 ms for 10^9 fp16 parameters at
 4.3 TB/s; a tally of 16 bytes a chunk. About 16 instructions an element, counted for sm_90 (an H200 issues 15 in the
-time of 2 bytes), 3 of them before and behind the loop: four for the tallies, six for a compensated sum. That makes a lane's two FP32
-numbers as good as one float64, so the norm and with it the clip coefficient are the reference's, without float64
-arithmetic on elements, which consumer GPUs do at 1/64 of FP32's rate. With several sources each is tallied in a loop
-of its own, which finds the chunk (32 KB of fp16) in the cache.
+time of 2 bytes), 4 of them before and behind the loop; in it, four are for the tallies and half of the others for a
+compensated sum. That makes a lane's two FP32 numbers as good as one float64, so the norm and with it the clip
+coefficient are the reference's, without float64 arithmetic on elements, which consumer GPUs do at 1/64 of FP32's rate.
+With several sources each is tallied in a loop of its own, which finds the chunk (32 KB of fp16) in the cache.
 """
 
 import triton

@@ -10,6 +10,7 @@ program (tensor, chunk):                           # 1,024 elements; returns at 
 
 Bytes per parameter for Adam: gradient 2, master 4 + 4, moments 8 + 8, parameter 2: 28, or 6.5 ms for 10^9 parameters
 at 4.3 TB/s. A thread has 4 elements: 16-byte accesses to FP32, 8-byte ones to fp16, and no change of layout between.
+48 registers: 5 blocks of threads, 70 KB of loads in flight a multiprocessor (counted for sm_90).
 """
 
 import triton

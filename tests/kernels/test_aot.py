@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels, for every architecture, without a GPU: `python -m benchmarks.static --check`."""
+"""What the compiler makes of the kernels for every architecture: what `benchmarks.static --check` counts, and more."""
 
 import json
 import os
