@@ -106,7 +106,7 @@ def test_inspect_reads_each_gradient_once_in_16_bytes(rows, arch):
         paths = rows[case, arch]["paths"]
         assert [path["bytes_per_parameter"] for path in paths] == sizes, case
         assert all([width for width, _ in path["loads"]] == [16] and path["stores"] == [] for path in paths), case
-    (path,) = rows["inspect fp16, several losses", arch]["paths"]
+    path = rows["inspect fp16, several losses", arch]["paths"][0]
     assert path["bytes_per_parameter"] - path["cached_bytes_per_parameter"] == 4  # two losses
 
 
