@@ -1,28 +1,20 @@
-"""Compiles the kernels ahead of time, for any architecture and without a GPU, and reports what became of them.
+"""Compiles the kernels ahead of time, for any architecture and without a GPU. `benchmarks.static` counts what came out.
 
 Every case goes through the real tables and the real launchers, whose launches are recorded instead of made; so what is
-compiled here is what a GPU would run. From the repository's root:
-
-    python benchmarks/aot.py                                   # a table of registers, spills and access widths
-    python benchmarks/aot.py --arch 80 90 --case adam --json   # the same as JSON, one object a line
+compiled here is what a GPU would run.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
-from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted functions do not compile
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import triton
@@ -36,7 +28,9 @@ from mpengine.masters import DeviceSchedule, Entry, TensorTable, arena
 from mpengine.sources import Ballot, Source, SourceTable
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+LOSSES = 2  # of the cases with several
 _CPU = torch.device("cpu")
+_BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 _TYPES = {
     torch.float16: "*fp16",
     torch.float32: "*fp32",
@@ -44,19 +38,6 @@ _TYPES = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-
-
-@dataclass
-class Report:
-    """What a kernel became. Counts are of instructions in the PTX, of which a loop's stand once."""
-
-    case: str
-    kernel: str
-    arch: int
-    registers: int
-    spilled_bytes: int  # local memory
-    shared_bytes: int
-    instructions: dict[str, int]
 
 
 @dataclass
@@ -88,7 +69,7 @@ def cases(numel: int = 1024, copies: int = 1) -> dict[str, Launch]:
         found[f"adam {name}"] = _record(launch.update, table, sources, rules.ADAM, table.decision)
     every = [half, torch.bfloat16, single]
     for name, dtypes in (("fp16, several losses", [half]), ("any kind, several losses", every)):
-        table, sources = _problem(rules.ADAM, dtypes, 2, numel, copies)
+        table, sources = _problem(rules.ADAM, dtypes, LOSSES, numel, copies)
         found[f"inspect {name}"] = _record(launch.inspect, table, sources)
         found[f"adam {name}"] = _record(launch.update, table, sources, rules.ADAM, table.decision)
     hyper, max_norm = torch.zeros(1, layout.HYPER, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
@@ -170,47 +151,19 @@ def compile_launch(launched: Launch, arch: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def report(case: str, launched: Launch, arch: int) -> Report:
-    """Compiles a launch, and counts."""
-    compiled = compile_launch(launched, arch)
-    usage = _resources(compiled.asm["cubin"])
-    return Report(
-        case=case,
-        kernel=launched.kernel.__name__,
-        arch=arch,
-        registers=usage["REG"],
-        spilled_bytes=usage["LOCAL"] + usage["STACK"],
-        shared_bytes=compiled.metadata.shared,
-        instructions=dict(Counter(re.findall(r"^\s*(?:@%\w+ )?([a-z][\w.:]*) ", compiled.asm["ptx"], re.MULTILINE))),
-    )
+def resources(cubin: bytes) -> dict[str, int]:
+    """What ptxas gave a thread: REG registers, STACK and LOCAL bytes."""
+    output = _run("cuobjdump", "--dump-resource-usage", cubin=cubin)
+    return {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", output)}
 
 
-def _resources(cubin: bytes) -> dict[str, int]:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+def sass(cubin: bytes) -> str:
+    """The machine code, as `nvdisasm` lists it."""
+    return _run("nvdisasm", "-c", cubin=cubin)
+
+
+def _run(tool: str, option: str, cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        output = subprocess.run([tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True)
-    return {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", output.stdout)}
-
-
-def main() -> None:
-    """Prints the reports that the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES)
-    parser.add_argument("--case", nargs="*", help="default: all")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    chosen = parser.parse_args()
-    everything = cases()
-    for case in chosen.case or everything:
-        for arch in chosen.arch:
-            made = report(case, everything[case], arch)
-            if chosen.json:
-                print(json.dumps(asdict(made)), flush=True)
-            else:
-                wide = {k: v for k, v in sorted(made.instructions.items()) if re.match(r"(ld|st)\.global", k)}
-                print(f"{case:28} sm_{arch:<4} {made.registers:4} registers {made.spilled_bytes:4} B spilled  {wide}")
-
-
-if __name__ == "__main__":
-    main()
+        return subprocess.run([_BIN / tool, option, file.name], check=True, capture_output=True, text=True).stdout

@@ -65,15 +65,26 @@ def source(source_ptr):
 
 
 @triton.jit
-def pending(source_ptr, SOURCES: tl.constexpr):
-    """How many sources a tensor has, and whether all of them lie on 16 bytes."""
+def pending(source_ptr, SOURCES: tl.constexpr, SPREAD: tl.constexpr):
+    """How many sources a tensor has, and whether all of them lie on 16 bytes.
+
+    SPREAD: a row a thread, added up across threads; it needs fewer registers than one row after the other.
+    """
     if SOURCES == 1:
         return 1, (tl.load(source_ptr + GRAD_FORMAT) & ALIGNED) != 0
-    else:
+    elif SPREAD:
         row_ptr = source_ptr + tl.arange(0, SOURCES) * SOURCE
         present = tl.load(row_ptr + GRAD_PTR) != 0
         misaligned = present & ((tl.load(row_ptr + GRAD_FORMAT) & ALIGNED) == 0)
         return tl.sum(present.to(tl.int32)), tl.sum(misaligned.to(tl.int32)) == 0
+    else:
+        count = 0
+        wrong = 0
+        for k in tl.static_range(SOURCES):
+            here = (tl.load(source_ptr + k * SOURCE + GRAD_PTR) != 0).to(tl.int32)
+            count += here
+            wrong += here & ((tl.load(source_ptr + k * SOURCE + GRAD_FORMAT) & ALIGNED) == 0).to(tl.int32)
+        return count, wrong == 0
 
 
 @triton.jit

@@ -19,11 +19,11 @@ An `attempt` is the number of the step being tried, so stamps need no clearing. 
 guilty store the same number: the race is harmless. Gradients without a scale (unscaled by `unscale_`) are not tallied.
 
 Bytes per parameter: each source's gradient once: 2 (fp16, bf16) or 4 (FP32), or 0.5 ms for 10^9 fp16 parameters at
-4.3 TB/s; a tally of 16 bytes a chunk. About 14 instructions an element, counted for sm_90 (an H200 issues 15 in the
-time of 2 bytes): four for the tallies, and half of the others for a compensated sum. That makes a lane's two FP32
-numbers as good as one float64, so the norm and with it the clip coefficient are the reference's, without float64
-arithmetic on elements, which consumer GPUs do at 1/64 of FP32's rate. With several sources each is tallied in a loop
-of its own, which finds the chunk (32 KB of fp16) in the cache.
+4.3 TB/s; a tally of 16 bytes a chunk. About 16 instructions an element, counted for sm_90 (an H200 issues 15 in the
+time of 2 bytes), 4 of them before and behind the loop; in it, four are for the tallies and half of the others for a
+compensated sum. That makes a lane's two FP32 numbers as good as one float64, so the norm and with it the clip
+coefficient are the reference's, without float64 arithmetic on elements, which consumer GPUs do at 1/64 of FP32's rate.
+With several sources each is tallied in a loop of its own, which finds the chunk (32 KB of fp16) in the cache.
 """
 
 import triton
@@ -49,9 +49,10 @@ from .fields import (
 )
 from .gradients import gradient, pending, share, source, unscaled
 
-# Squares are added up as multiples of this, so that the sum of a lane (at most 16 squares) stays below FP32's limit
+# Squares are added up as multiples of this, so that the sum of a lane (at most 64 squares) stays below FP32's limit
 # whenever each of its squares does.
-_UNIT = tl.constexpr(32.0)
+_ROOT_UNIT = tl.constexpr(16.0)
+_UNIT = tl.constexpr(256.0)
 _GROUP = tl.constexpr(4)  # neighbours in one thread's registers at every layout of a block: adding them up is local
 
 
@@ -77,7 +78,7 @@ def _inspect_kernel(
     source_ptr = sources_ptr + tensor * (SOURCES * SOURCE)
     left = tl.load(rows_ptr + tensor * ROW + NUMEL) - start
     address, scale, kind = source(source_ptr)
-    count, aligned = pending(source_ptr, SOURCES)
+    count, aligned = pending(source_ptr, SOURCES, True)
     size = tl.where(address != 0, tl.minimum(left, CHUNK), 0).to(tl.int32)  # an idle tensor adds up to 0
 
     first = (address, scale, kind)
@@ -104,8 +105,8 @@ def _inspect_kernel(
 def _read_one(first, source_ptr, tally_ptr, aligned, start, size, KINDS: tl.constexpr, BLOCK: tl.constexpr):
     """The sum of squares (see `_finish`) of a tensor that has one source; counts it in the same pass."""
     offsets = tl.arange(0, BLOCK)
-    squares = tl.zeros((BLOCK,), tl.float32)
-    lost = tl.zeros((BLOCK,), tl.float32)
+    squares = tl.zeros((BLOCK // _GROUP,), tl.float32)
+    lost = tl.zeros((BLOCK // _GROUP,), tl.float32)
     small = tl.zeros((BLOCK // _GROUP,), tl.float32)
     largest = tl.zeros((BLOCK // _GROUP,), tl.float32)
     inv_scale = tl.div_rn(1.0, first[1])  # see `share`
@@ -116,17 +117,19 @@ def _read_one(first, source_ptr, tally_ptr, aligned, start, size, KINDS: tl.cons
     for offset in range(0, full, 2 * BLOCK):  # two blocks at a time: twice the bytes in flight
         a = gradient(first, start + offset, offsets, None, KINDS)
         b = gradient(first, start + offset + BLOCK, offsets, None, KINDS)
-        squares, lost = _add_square(squares, lost, a * inv_scale)
-        squares, lost = _add_square(squares, lost, b * inv_scale)
+        squares, lost = _add(squares, lost, _square(a, inv_scale, KINDS))
+        squares, lost = _add(squares, lost, _square(b, inv_scale, KINDS))
         small, largest = _tally(small, largest, a, tiny, None, BLOCK)
         small, largest = _tally(small, largest, b, tiny, None, BLOCK)
     for offset in range(full, size, BLOCK):
         mask = offset + offsets < size
         a = gradient(first, start + offset, offsets, mask, KINDS)
-        squares, lost = _add_square(squares, lost, a * inv_scale)
+        squares, lost = _add(squares, lost, _square(a, inv_scale, KINDS))
         small, largest = _tally(small, largest, a, tiny, mask, BLOCK)
-    _store_tally(source_ptr, tally_ptr, tl.sum(small).to(tl.int32), tl.max(largest) * inv_scale, size)
-    return _finish(squares, lost)
+    biggest = tl.max(largest) * inv_scale
+    _store_tally(source_ptr, tally_ptr, tl.sum(small).to(tl.int32), biggest, size)
+    square_sum = _finish(squares, lost)
+    return tl.where(biggest * biggest < float("inf"), square_sum, float("inf"))  # as if squares were added as they are
 
 
 @triton.jit
@@ -144,21 +147,18 @@ def _read_several(
 ):
     """The sum of squares (see `_finish`) of the total; then counts each source, while the chunk is in the cache."""
     offsets = tl.arange(0, BLOCK)
-    squares = tl.zeros((BLOCK,), tl.float32)
-    lost = tl.zeros((BLOCK,), tl.float32)
+    squares = tl.zeros((BLOCK // _GROUP,), tl.float32)
+    lost = tl.zeros((BLOCK // _GROUP,), tl.float32)
     full = 0
     if aligned:
-        full = size // (2 * BLOCK) * (2 * BLOCK)
-    for offset in range(0, full, 2 * BLOCK):
-        here = start + offset
-        a = unscaled(first, source_ptr, count, here, offsets, None, SOURCES, KINDS)
-        b = unscaled(first, source_ptr, count, here + BLOCK, offsets, None, SOURCES, KINDS)
-        squares, lost = _add_square(squares, lost, a)
-        squares, lost = _add_square(squares, lost, b)
+        full = size // BLOCK * BLOCK
+    for offset in range(0, full, BLOCK):  # two blocks at a time would spill
+        a = unscaled(first, source_ptr, count, start + offset, offsets, None, SOURCES, KINDS)
+        squares, lost = _add(squares, lost, (a * a) * (1.0 / _UNIT))
     for offset in range(full, size, BLOCK):
         mask = offset + offsets < size
         a = unscaled(first, source_ptr, count, start + offset, offsets, mask, SOURCES, KINDS)
-        squares, lost = _add_square(squares, lost, a)
+        squares, lost = _add(squares, lost, (a * a) * (1.0 / _UNIT))
     for k in range(0, count):
         _tally_source(source_ptr + k * SOURCE, tally_ptr, aligned, start, size, KINDS, BLOCK)
     return _finish(squares, lost)
@@ -225,9 +225,32 @@ def _finish(squares, lost):
 
 
 @triton.jit
-def _add_square(squares, lost, x):
-    """Adds x * x to `squares`, and what the addition rounds away, exactly, to `lost` (Dekker's Fast2Sum)."""
-    square = (x * x) * (1.0 / _UNIT)
+def _square(g, inv_scale, KINDS: tl.constexpr):
+    """The square of the unscaled gradient, as a multiple of _UNIT."""
+    if KINDS == ONLY_FLOAT16:  # one multiplication less; where the factor is so small that it rounds, squares are 0
+        x = g * (inv_scale * (1.0 / _ROOT_UNIT))
+        square = x * x
+    else:
+        x = g * inv_scale
+        square = (x * x) * (1.0 / _UNIT)
+    return square
+
+
+@triton.jit
+def _add(squares, lost, square):
+    """Adds each group of neighbours to one sum: few sums in registers leave room for more threads."""
+    even, odd = tl.split(tl.reshape(square, (square.shape[0] // 2, 2)))
+    a, c = tl.split(tl.reshape(even, (square.shape[0] // _GROUP, 2)))
+    b, d = tl.split(tl.reshape(odd, (square.shape[0] // _GROUP, 2)))
+    squares, lost = _add_exactly(squares, lost, a)
+    squares, lost = _add_exactly(squares, lost, b)
+    squares, lost = _add_exactly(squares, lost, c)
+    return _add_exactly(squares, lost, d)
+
+
+@triton.jit
+def _add_exactly(squares, lost, square):
+    """Adds to `squares`, and what the addition rounds away, exactly, to `lost` (Dekker's Fast2Sum)."""
     total = squares + square
     lost += tl.minimum(squares, square) - (total - tl.maximum(squares, square))
     return total, lost

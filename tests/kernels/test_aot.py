@@ -1,10 +1,9 @@
-"""What the compiler makes of the kernels, for every architecture, without a GPU."""
+"""What the compiler makes of the kernels for every architecture: what `benchmarks.static --check` counts, and more."""
 
 import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,21 +13,14 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 SLOTS = {"assign": 0, "sgd": 0, "sgd_momentum": 1, "adam": 2, "adam_amsgrad": 3}
-USUAL = ["inspect", *SLOTS, "inspect fp16+fp32", "adam fp16+fp32", "decide adam", "update_scale"]
-RARE = [
-    "inspect bf16",
-    "adam bf16",
-    "inspect fp32",
-    "adam fp32",
-    "inspect fp16, several losses",
-    "adam fp16, several losses",
-    "inspect any kind, several losses",
-    "adam any kind, several losses",
-    "decide sgd",
-    "decide no family",
-    "decide adam scheduled",
-]
-RARE_ARCHITECTURES = (75, 90)
+CASES = {
+    *SLOTS,
+    *(f"{kernel}{kinds}" for kernel in ("inspect", "adam") for kinds in ("", " fp16+fp32", " bf16", " fp32")),
+    *(f"{kernel} {kinds}, several losses" for kernel in ("inspect", "adam") for kinds in ("fp16", "any kind")),
+    *(f"decide {family}" for family in ("adam", "sgd", "no family", "adam scheduled")),
+    "update_scale",
+}
+USUAL = {"inspect", *SLOTS, "inspect fp16+fp32", "adam fp16+fp32", "decide adam", "update_scale"}
 
 
 def run_without_interpreter(*arguments):
@@ -36,24 +28,29 @@ def run_without_interpreter(*arguments):
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-def compiled(architectures, cases):
-    done = run_without_interpreter("benchmarks/aot.py", "--json", "--arch", *map(str, architectures), "--case", *cases)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+@pytest.fixture(scope="module")
+def checked():
+    """The one run of it, which `make test` relies on."""
+    return run_without_interpreter("-m", "benchmarks.static", "--check", "--json")
 
 
 @pytest.fixture(scope="module")
-def reports():
-    """{(case, architecture): report}; two processes."""
-    jobs = [(ARCHITECTURES[::2], USUAL), (ARCHITECTURES[1::2], USUAL), (RARE_ARCHITECTURES, RARE)]
-    with ThreadPoolExecutor(2) as pool:
-        made = pool.map(lambda job: compiled(*job), jobs)
-        return {(r["case"], r["arch"]): r for batch in made for r in batch}
+def rows(checked):
+    """{(case, architecture): row}."""
+    assert checked.stdout, checked.stderr
+    return {(row["case"], row["arch"]): row for row in json.loads(checked.stdout)["rows"]}
+
+
+def test_no_bound_is_broken(checked):
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_every_case_was_compiled_for_every_architecture(rows):
+    assert set(rows) == {(case, arch) for case in CASES for arch in ARCHITECTURES}
 
 
 SAME_BINARIES = """
-import sys; sys.path.insert(0, "benchmarks")
-import aot
+from benchmarks import aot
 small, large = aot.cases(), aot.cases(numel=50_001, copies=33)
 for case in small:
     first, second = small[case], large[case]
@@ -68,70 +65,60 @@ def test_sizes_and_numbers_of_tensors_select_no_binary():
     assert done.returncode == 0, done.stderr
 
 
-def count(report, *prefixes):
-    return sum(n for name, n in report["instructions"].items() if name.startswith(prefixes))
+def count(row, *prefixes):
+    return sum(n for name, n in row["ptx"].items() if name.startswith(prefixes))
 
 
-def test_every_case_was_compiled_for_every_architecture(reports):
-    expected = {(case, arch) for case in USUAL for arch in ARCHITECTURES}
-    assert set(reports) == expected | {(case, arch) for case in RARE for arch in RARE_ARCHITECTURES}
-
-
-def test_nothing_spills(reports):
-    assert {key: r["spilled_bytes"] for key, r in reports.items() if r["spilled_bytes"]} == {}
-
-
-def test_registers_leave_room_for_four_blocks_of_threads(reports):
+def test_registers_leave_room_for_four_blocks_of_threads(rows):
     """1,024 threads of 64 registers on a multiprocessor keep more bytes in flight than its memory needs."""
-    usual = {key: r["registers"] for key, r in reports.items() if key[0] in USUAL}
-    assert {key: n for key, n in usual.items() if n > 64} == {}
+    assert {key: row["registers"] for key, row in rows.items() if key[0] in USUAL and row["registers"] > 64} == {}
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_full_blocks_move_float32_in_16_bytes_and_float16_in_8(reports, arch):
+def test_full_blocks_of_update_move_each_tensor_once(rows, arch):
     for case, slots in SLOTS.items():
-        instructions = reports[case, arch]["instructions"]
-        reads = slots + (case != "assign")  # it does not look at the master
-        assert instructions.get("ld.global.v4.b32", 0) == reads, case
-        assert instructions.get("st.global.v4.b32", 0) == slots + 1, case
-        assert instructions.get("ld.global.v2.b32", 0) == 1, case
-        assert instructions.get("st.global.v2.b32", 0) == 1, case
-    assert reports["adam fp16+fp32", arch]["instructions"]["ld.global.v4.b32"] == 4  # an FP32 gradient too
+        path = rows[case, arch]["paths"][0]
+        states = [[16, slots + (case != "assign")]]  # it does not look at the master
+        assert path["loads"] == [[8, 1]] + (states if states[0][1] else []), case
+        assert path["stores"] == [[8, 1], [16, slots + 1]], case
+    single = rows["adam fp32", arch]["paths"]
+    assert [(path["loads"], path["stores"]) for path in single] == [([[16, 4]], [[16, 3]])]
+    assert rows["adam bf16", arch]["paths"][0]["loads"] == [[8, 1], [16, 3]]
+    assert rows["adam fp16, several losses", arch]["paths"][0]["loads"] == [[8, 2], [16, 3]]
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_inspect_reads_16_bytes_at_a_time(reports, arch):
-    assert reports["inspect", arch]["instructions"]["ld.global.v4.b32"] == 2  # two blocks of 8 fp16 a thread
-    assert reports["inspect fp16+fp32", arch]["instructions"]["ld.global.v4.b32"] == 2 + 4
-
-
-@pytest.mark.parametrize("arch", RARE_ARCHITECTURES)
-def test_several_losses_and_other_kinds_keep_their_widths(reports, arch):
-    assert reports["adam bf16", arch]["instructions"]["ld.global.v2.b32"] == 1
-    assert reports["adam fp32", arch]["instructions"]["ld.global.v4.b32"] == 4
-    assert reports["adam fp16, several losses", arch]["instructions"]["ld.global.v2.b32"] == 2
-    assert reports["inspect fp16, several losses", arch]["instructions"]["ld.global.v4.b32"] == 4 + 1  # and the tallies
-
-
-def test_arithmetic_is_ieee(reports):
-    """No flush to zero, no contraction, no approximate division or root."""
-    for key, report in reports.items():
-        wrong = [
-            i for i in report["instructions"] if ".ftz" in i or ".approx" in i or i.startswith(("fma.", "mad.f", "ex2"))
-        ]
-        assert wrong == [], key
-        assert count(report, "div.full", "rcp", "rsqrt") == 0, key
+def test_a_mixed_binary_has_a_path_for_each_pair_of_kinds(rows, arch):
+    """Gradient and parameter: halves, FP32 that is its own master, and halves with FP32 gradients from `unscale_`."""
+    paths = [(path["loads"], path["stores"]) for path in rows["adam fp16+fp32", arch]["paths"]]
+    for expected in (
+        ([[8, 1], [16, 3]], [[8, 1], [16, 3]]),
+        ([[16, 4]], [[16, 3]]),
+        ([[16, 4]], [[8, 1], [16, 3]]),
+    ):
+        assert expected in paths
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_division_and_root_round_to_nearest(reports, arch):
-    adam, decide = reports["adam", arch], reports["decide adam", arch]
-    assert count(adam, "sqrt.rn.f32") == 8  # 4 elements a thread, in either path
-    assert count(adam, "div.rn.f32") == 8 + 2  # and 1 / scale
+def test_inspect_reads_each_gradient_once_in_16_bytes(rows, arch):
+    expected = {"inspect": [2], "inspect bf16": [2], "inspect fp32": [4], "inspect fp16+fp32": [4, 2]}
+    for case, sizes in expected.items():
+        paths = rows[case, arch]["paths"]
+        assert [path["bytes_per_parameter"] for path in paths] == sizes, case
+        assert all([width for width, _ in path["loads"]] == [16] and path["stores"] == [] for path in paths), case
+    path = rows["inspect fp16, several losses", arch]["paths"][0]
+    assert path["bytes_per_parameter"] - path["cached_bytes_per_parameter"] == 4  # two losses
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_division_and_root_round_to_nearest(rows, arch):
+    adam, decide = rows["adam", arch], rows["decide adam", arch]
+    assert count(adam, "sqrt.rn.f32") == 4 + 1  # of the elements of a thread in a full block, and in another
+    assert count(adam, "div.rn.f32") == (4 + 1) + 2  # and 1 / scale
     assert count(decide, "div.rn.f64") == 2
     assert count(decide, "sqrt.rn.f64") == 2
     assert count(decide, "div.rn.f32") == 1
 
 
-def test_no_float_atomics(reports):
-    assert {key for key, r in reports.items() if count(r, "atom", "red.")} == set()
+def test_no_float_atomics(rows):
+    assert {key for key, row in rows.items() if count(row, "atom", "red.")} == set()
