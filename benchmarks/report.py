@@ -19,7 +19,17 @@ from typing import Any
 from benchmarks.measure import results
 from benchmarks.measure.facts import ROOT
 from benchmarks.measure.results import MEASURED, PREDICTION, Document, ResultError, of_kind
-from benchmarks.tables import BASELINE, NOTHING, generic_table, number, provenance, step_table, table, train_table
+from benchmarks.tables import (
+    BASELINE,
+    NOTHING,
+    generic_table,
+    number,
+    provenance,
+    static_table,
+    step_table,
+    table,
+    train_table,
+)
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 README = ROOT / "README.md"
@@ -33,7 +43,7 @@ _TITLES = {
     "host": "Host time of a step, measured without a GPU",
     "static": "Predictions from the compiled kernels",
 }
-_TABLES = {"step": step_table, "train": train_table, "host": generic_table, "static": generic_table}
+_TABLES = {"step": step_table, "train": train_table, "host": generic_table, "static": static_table}
 _INTRO = """# Speed
 
 Written by `python -m benchmarks.report` from the files in benchmarks/results/; do not edit. `make gpu OUT=dir` measures

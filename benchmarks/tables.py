@@ -170,6 +170,36 @@ def times(speed: float, other: float | None) -> str:
     return NOTHING if other is None else f"{speed / other:.2f}"
 
 
+def static_table(document: Document, arch: int = 90) -> str:
+    """What each kernel is on one architecture, and how long the AdamW step must take on each GPU."""
+    lines, predicted, cases = [], {}, ("adam", "inspect")
+    for row in document.rows:
+        path = max(row["paths"], key=lambda path: path["bytes_per_parameter"], default=None)
+        if path is None:
+            continue
+        if row["case"] in cases:
+            for prediction in path["predictions"]:
+                predicted.setdefault(prediction["gpu"], {})[row["case"]] = prediction["ns"]
+        if row["arch"] == arch:
+            instructions, flight = path["instructions_per_parameter"], _over(path["bytes_in_flight"], 2**10)
+            counts = [str(row[key]) for key in ("registers", "spilled_bytes", "blocks")]
+            lines.append(
+                [row["case"], number(path["bytes_per_parameter"]), number(instructions), *counts, number(flight)]
+            )
+    counted = ["kernel", "B/param", "instructions/param", "registers", "spilled", "blocks/SM", "KB in flight"]
+    # ns a parameter are ms for 10^6 of them
+    steps = [
+        [gpu, *(number(_over(ns.get(case), 1e-3)) for case in ("adam", "inspect"))] for gpu, ns in predicted.items()
+    ]
+    blocks = [
+        f"Counted in the code for sm_{arch}:",
+        table(counted, lines),
+        "**Prediction**, by published bandwidth and clocks: ms for 10^9 fp16 parameters.",
+        table(["GPU", "AdamW update", "inspect"], steps),
+    ]
+    return titled(document, "\n\n".join(blocks))
+
+
 def generic_table(document: Document, limit: int = 12) -> str:
     """The rows of a program whose columns are not known here: their plain values, as they come."""
     columns = [key for key, value in document.rows[0].items() if not isinstance(value, (dict, list))][:limit]
