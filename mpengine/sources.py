@@ -61,6 +61,7 @@ class SourceTable:
         self._entries: list[list[Source]] | None = []
         self._column: Column | None = None
         self._shape: _Shape | None = None
+        self._whole: Tensor | None = None  # of which rows and ballot_rows are views
         self._described: Any = None  # what a column was described by, while the device has it
 
     @property
@@ -129,10 +130,11 @@ class SourceTable:
     def _upload(self, rows: np.ndarray, ballots: list[tuple[int, int]]) -> None:
         table = np.concatenate([rows.reshape(-1), np.array(ballots, dtype=np.int64).reshape(-1)])
         # A graph gets a table of its own: later steps write other addresses into ours, and its gradients stay.
-        captured = is_capturing(self.device)
-        whole = to_device(table, self.device) if captured else self._mirror.follow(table)
-        self.rows = whole[: rows.size].view(rows.shape)
-        self.ballot_rows = whole[rows.size :].view(len(ballots), layout.BALLOT)
+        whole = to_device(table, self.device) if is_capturing(self.device) else self._mirror.follow(table)
+        if whole is not self._whole or self.rows.shape != rows.shape:
+            self.rows = whole[: rows.size].view(rows.shape)
+            self.ballot_rows = whole[rows.size :].view(len(ballots), layout.BALLOT)
+            self._whole = whole
 
 
 def _row(source: Source) -> tuple[int, int, int, int]:
