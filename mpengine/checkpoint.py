@@ -37,7 +37,7 @@ def pack(optimizer: MixedPrecisionOptimizer) -> dict[str, Any]:
             continue
         own = dict(optimizer.state.get(param, {}))
         if optimizer._family is not None:
-            steps = int(optimizer._steps[param])
+            steps = int(own.get("step", optimizer._steps[param]))  # the user may have set it since the last step
             if "step" in own:
                 own["step"] = torch.tensor(float(steps))
             if "momentum_buffer" in own and steps == 0:

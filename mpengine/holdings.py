@@ -181,7 +181,12 @@ def is_current(optimizer: MixedPrecisionOptimizer, execution: Execution) -> bool
             if entry is None:
                 if param.grad is not None:  # it was unfrozen
                     return False
-            elif entry.param is not param or entry.rule != rule or memory_of(param) != execution.memory[position]:
+            elif (
+                entry.param is not param
+                or entry.group != g
+                or entry.rule != rule
+                or memory_of(param) != execution.memory[position]
+            ):
                 return False
             elif rule.slots:
                 state, count = optimizer.state.get(param, {}), optimizer._steps[param]

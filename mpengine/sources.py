@@ -62,6 +62,7 @@ class SourceTable:
         self._column: Column | None = None
         self._shape: _Shape | None = None
         self._whole: Tensor | None = None  # of which rows and ballot_rows are views
+        self.rows = self.ballot_rows = torch.empty(0, dtype=torch.int64)
         self._described: Any = None  # what a column was described by, while the device has it
 
     @property

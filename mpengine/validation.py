@@ -103,6 +103,11 @@ def check_unmoved(param: Tensor, master: Tensor, device: torch.device, name_of: 
             f"{name_of(param)} became {param.dtype} after it was wrapped. Cast the model before mpengine.prepare, "
             "which casts it to fp16 itself."
         )
+    if not is_dense(param):
+        raise RuntimeError(
+            f"{name_of(param)} was given memory with gaps or overlaps after it was wrapped (strides {param.stride()} "
+            f"for shape {tuple(param.shape)}), which a step would write too. Give it dense memory: .contiguous()."
+        )
     if master.shape != param.shape:
         raise RuntimeError(
             f"{name_of(param)} changed its shape from {tuple(master.shape)} to {tuple(param.shape)} after it was "

@@ -584,3 +584,59 @@ def test_a_warm_step_does_not_look_at_every_tensor(family, monkeypatch):
         params[1].add_(1.0)
     with pytest.raises(pytest.fail.Exception):
         step(6)
+
+
+def move_down(groups):
+    groups[0]["params"].append(groups[1]["params"].pop())
+
+
+def drop_the_empty(groups):
+    groups[0]["params"][:], groups[1]["params"][:] = groups[1]["params"] + groups[0]["params"], []
+    del groups[1]
+
+
+def swap(groups):
+    groups.reverse()
+
+
+@pytest.mark.parametrize("change", [move_down, drop_the_empty, swap])
+@pytest.mark.parametrize("family", ["adamw", "sgd"])
+def test_a_parameter_takes_the_numbers_of_the_group_it_moved_to(family, change):
+    """Of the same rule, so that only the learning rate tells."""
+    params = [nn.Parameter(torch.ones(3, 4).half()) for _ in range(2)]
+    groups = [{"params": [param], "lr": lr} for param, lr in zip(params, (0.0, 0.25), strict=True)]
+    optimizer = MixedPrecisionOptimizer(FUSED[family](groups))
+    optimizer.param_groups[0]["lr"] = 0.0
+    for seed in range(2):
+        feed(params, gradients(params, seed))
+        optimizer.step()
+    change(optimizer.param_groups)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    before = [master.clone() for master in optimizer.master_params()]
+    order = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    feed(params, gradients(params, 2))
+    optimizer.step()
+    moved = [not torch.equal(a, b) for a, b in zip(before, optimizer.master_params(), strict=True)]
+    assert moved == [rates[key] != 0.0 for key in order]
+
+
+def test_a_step_count_that_was_set_is_saved_before_the_next_step():
+    param = nn.Parameter(torch.ones(3).half())
+    optimizer = MixedPrecisionOptimizer(FUSED["adam"]([param]))
+    for seed in range(3):
+        feed([param], gradients([param], seed))
+        optimizer.step()
+    optimizer.state[param]["step"] = torch.tensor(0.0)
+    assert float(optimizer.state_dict()["state"][0]["step"]) == 0.0
+
+
+@pytest.mark.parametrize("memory", [torch.ones(4, 8).half()[:, ::2], torch.ones(1, 1).half().expand(4, 4)])
+def test_memory_with_gaps_or_overlaps_is_refused_after_wrapping(memory):
+    """A step would write between the elements."""
+    param = nn.Parameter(torch.ones(4, 4).half())
+    optimizer = MixedPrecisionOptimizer(FUSED["adam"]([param]))
+    feed([param], gradients([param], 0))
+    optimizer.step()
+    param.data = memory
+    with pytest.raises(RuntimeError, match="was given memory with gaps or overlaps after it was wrapped"):
+        optimizer.step()
