@@ -40,7 +40,8 @@ class _Numbers:
             moving = [(i, j, v) for i, row in enumerate(rows) for j, v in enumerate(row) if _on_cuda(v)]
             rows = [[0.0 if _on_cuda(value) else float(value) for value in row] for row in rows]
         if self._table is None or rows != self._known:
-            self._table = self._mirror.follow(np.array([row + [0.0] * (width - len(row)) for row in rows]))
+            table = np.array([row + [0.0] * (width - len(row)) for row in rows], dtype=np.float64)
+            self._table = self._mirror.follow(table)
             self._known = None if is_capturing(self._device) else rows  # a capture executes nothing
         for i, j, value in moving:
             self._table[i, j].copy_(value, non_blocking=True)

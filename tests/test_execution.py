@@ -10,6 +10,7 @@ from torch import nn
 
 import mpengine
 from mpengine import GradScaler, MixedPrecisionOptimizer, reference
+from mpengine.execution import _Numbers
 from tests.harness import (
     BRAIN,
     EVERY,
@@ -242,3 +243,12 @@ def test_the_gradients_of_the_user_are_never_written():
     optimizer.step()
     assert same_bits(own, grads)
     assert all(p.grad is grad for p, grad in zip(params, own, strict=True))
+
+
+def test_whole_numbers_reach_the_device_as_float64():
+    """The kernels read their bits: max_grad_norm=1, lr=1."""
+    numbers = _Numbers(torch.device("cpu"))
+    for rows in ([[1]], [[2]], [[2.5]], [[True]]):
+        table = numbers.set(rows, 1)
+        assert table.dtype == torch.float64
+        assert table.tolist() == [[float(rows[0][0])]]
