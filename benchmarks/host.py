@@ -202,6 +202,8 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--check", action="store_true")
     chosen = parser.parse_args()
+    if not chosen.tensors or min(chosen.tensors) < 1 or chosen.iterations < 2:
+        parser.error("it takes --tensors of at least 1, and at least 2 --iterations")
     if chosen.profile:
         profile(chosen.tensors[0], chosen.new_memory, chosen.iterations)
         return 0

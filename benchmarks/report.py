@@ -213,6 +213,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--from", dest="source", type=Path, help="another folder of results; its report is put there")
     parser.add_argument("--check", action="store_true")
     chosen = parser.parse_args(arguments)
+    if chosen.source is not None and not chosen.source.is_dir():
+        parser.error(f"--from {chosen.source} is no folder")
     try:
         if chosen.source is not None:
             documents = results.read_all(chosen.source)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _version = attrgetter("_version")
@@ -42,12 +43,17 @@ def noted(state: dict[str, Any], agreement: Agreement) -> dict[str, Any]:
 
     Copies of it, pickled ones too, are plain dicts.
     """
-    return state if isinstance(state, _Noted) and state._agreement is agreement else _Noted(state, agreement)
+    return state if is_noted(state, agreement) else _Noted(state, agreement)
+
+
+def is_noted(state: Any, agreement: Agreement) -> bool:
+    """Whether `noted` has made it."""
+    return isinstance(state, _Noted) and state._agreement is agreement
 
 
 def memory_of(tensor: Tensor) -> tuple[Any, ...]:
     """Where and how a tensor lies in memory: `.to(memory_format=...)` and `.data = ...` change it."""
-    return tensor.data_ptr(), tensor.shape, tensor.stride()
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 class Agreement:
@@ -66,13 +72,15 @@ class Agreement:
         self._doubtful: set[int] = set()
         self._unknown: set[int] = set()
         self._pointers: list[int] = []
+        # Kept until the next look: no other memory may get its address meanwhile, and pass for it.
+        self._storages: list[torch.UntypedStorage | None] = []
 
     def mark(self, params: Iterable[Tensor]) -> None:
         """These agree, as they are."""
         for param in params:
             place = self._place(param)
             self._versions[place], self._memory[place] = param._version, memory_of(param)
-            self._pointers[place] = self._memory[place][0]
+            self._pointers[place], self._storages[place] = param.data_ptr(), param.untyped_storage()
             self._doubtful.discard(place)
             self._unknown.discard(place)
         self.epoch += 1
@@ -121,4 +129,5 @@ class Agreement:
             self._versions.append(0)
             self._memory.append(())
             self._pointers.append(0)
+            self._storages.append(None)
         return place

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from mpengine import capture
 from mpengine.gradients import parameters
@@ -66,6 +67,7 @@ class Watch:
         self._optimizers, self._device = optimizers, device
         self._read: dict[Tensor, str] = {}  # parameters whose step was given a gradient from before, and their names
         self._driven = False
+        self._strangers: dict[str, None] = {}  # kinds of optimizers that stepped and were not given
         self.unread: set[Tensor] = set()
 
     def __enter__(self) -> Watch:
@@ -75,6 +77,7 @@ class Watch:
         self._closing = contextlib.ExitStack()
         for optimizer in self._optimizers:
             self._closing.callback(optimizer.register_step_pre_hook(self._stepping).remove)
+        self._closing.callback(register_optimizer_step_pre_hook(self._meeting).remove)
         self._host_reads = self._closing.enter_context(capture.host_reads(self._device))
         return self
 
@@ -93,12 +96,21 @@ class Watch:
             if param in self._old and any(grad is self._old[param][0] for _, grad in labelled):
                 self._read[param] = _name(self._optimizers, param)
 
+    def _meeting(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if not any(optimizer in (own, own._inner) for own in self._optimizers):
+            self._strangers[type(getattr(optimizer, "_inner", optimizer)).__name__] = None
+
     def problem(self, host_reads: bool) -> str | None:
         """Why this iteration cannot be captured; None if nothing is known."""
         if self._driven:
             return (
                 "torch.amp.GradScaler drives the steps; it keeps what it knows on the host. Use mpengine.GradScaler, "
                 "and give it to prepare."
+            )
+        if self._strangers:
+            return (
+                f"it steps an optimizer that GraphedIteration was not given ({', '.join(self._strangers)}), whose lr, "
+                "state and weights nobody would follow. Give it all that step: GraphedIteration(iteration, [a, b])."
             )
         if host_reads and self._host_reads:
             return (

@@ -96,6 +96,7 @@ def load(optimizer: MixedPrecisionOptimizer, state_dict: dict[str, Any]) -> None
         else:
             _load_fused(optimizer, param, own)
     optimizer._register()
+    optimizer._note_state()
     optimizer._counts = _counts_of(state_dict)
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)

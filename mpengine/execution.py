@@ -40,12 +40,22 @@ class _Numbers:
             moving = [(i, j, v) for i, row in enumerate(rows) for j, v in enumerate(row) if _on_cuda(v)]
             rows = [[0.0 if _on_cuda(value) else float(value) for value in row] for row in rows]
         if self._table is None or rows != self._known:
-            table = np.array([row + [0.0] * (width - len(row)) for row in rows], dtype=np.float64)
+            table = np.array([_floats(g, row, width) for g, row in enumerate(rows)])
             self._table = self._mirror.follow(table)
             self._known = None if is_capturing(self._device) else rows  # a capture executes nothing
         for i, j, value in moving:
             self._table[i, j].copy_(value, non_blocking=True)
         return self._table
+
+
+def _floats(group: int, row: list[Any], width: int) -> list[float]:
+    try:
+        return [float(value) for value in row] + [0.0] * (width - len(row))
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"group {group} of the optimizer has {row} among its hyperparameters; each must be a number. Set it in "
+            "optimizer.param_groups."
+        ) from None
 
 
 def _on_cuda(value: Any) -> bool:
@@ -289,6 +299,6 @@ def _same_grads(one: list[Source], other: list[Source]) -> bool:
 
 def _in_layout(grad: Tensor, param: Tensor) -> Tensor:
     """The gradient with the parameter's strides: channels_last parameters may get contiguous gradients."""
-    if same_layout(grad, param):
+    if same_layout(grad, param) and not grad.is_neg():
         return grad
     return torch.empty_strided(param.shape, param.stride(), dtype=grad.dtype, device=grad.device).copy_(grad)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mpengine import distributed, validation
-from mpengine.agreement import memory_of, noted
+from mpengine.agreement import is_noted, memory_of, noted
 from mpengine.alike import Alike
 from mpengine.execution import Execution
 from mpengine.gradients import parameters
@@ -60,6 +60,9 @@ def register(optimizer: MixedPrecisionOptimizer, originals: Mapping[Tensor, Tens
 
 def _make_slots(optimizer: MixedPrecisionOptimizer, params: list[Tensor], rule: Rule) -> None:
     """Puts the state of the rule into tensors that the kernels can step: what is there is kept, else zeros."""
+    for param in params if rule.slots else ():
+        if param not in optimizer.state:
+            optimizer.state[param] = noted({}, optimizer._agreed)
     for name in rule.slots:
         for device in dict.fromkeys(p.device for p in params):
             unfit = [p for p in params if p.device == device and not _fits(optimizer.state[p].get(name), p)]
@@ -129,13 +132,12 @@ class Known(NamedTuple):
     state: list[tuple[Tensor, Any]]
 
 
-def known(optimizer: MixedPrecisionOptimizer) -> Known:
-    """For `is_unchanged` of a later step."""
+def known(optimizer: MixedPrecisionOptimizer) -> Known | None:
+    """For `is_unchanged` of a later step; None where a quick look would not do."""
     agreed = optimizer._agreed
     agreed.mark(p for p in optimizer._steps if p.dtype is torch.float32)  # each is its own master
-    if optimizer._family is not None:
-        for param, own in optimizer.state.items():
-            optimizer.state[param] = noted(own, agreed)
+    if optimizer._family is not None and not all(not own or is_noted(own, agreed) for own in optimizer.state.values()):
+        return None  # somebody put a dict of his own there, and may change it unnoticed
     params = list(parameters(optimizer))
     return Known(
         agreed.epoch,

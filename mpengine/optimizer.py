@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mpengine import checkpoint, distributed, general, holdings, validation, weights
-from mpengine.agreement import Agreement
+from mpengine.agreement import Agreement, noted
 from mpengine.execution import Execution
 from mpengine.grad_scaler import GradScaler
 from mpengine.gradients import Label, parameters
@@ -84,6 +84,7 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
         self.param_groups = optimizer.param_groups
         self._share_hooks()
         self.state.update({key: general.widened(state) for key, state in optimizer.state.items()})
+        self._note_state()
         self._register(originals=_originals or {})
         optimizer.state = self.state  # one state, whichever of the two is asked
         optimizer.register_step_pre_hook(validation.refuse_raw_step)
@@ -98,6 +99,12 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
             setattr(held, name, value)
         else:
             super().__setattr__(name, value)
+
+    def _note_state(self) -> None:
+        """The fused step need not look at state that tells when it is changed."""
+        if self._family is not None:
+            for param, state in self.state.items():
+                self.state[param] = noted(state, self._agreed)
 
     def _share_hooks(self) -> None:
         """Hooks of the wrapped optimizer are ours; on the general path its own `step()` runs its step hooks."""
@@ -249,11 +256,13 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
         if columns is None:
             pending = self._checked(pending)
         if columns is None and not pending.active:
-            if scaler is not None:
-                raise AssertionError(
-                    "No inf checks were recorded for this optimizer: no parameter has a gradient. Call "
-                    "scaler.scale(loss).backward() before step()."
-                )
+            if scaler is not None and state is not None:
+                if not state.recorded():
+                    raise AssertionError(
+                        "No inf checks were recorded for this optimizer: no parameter has a gradient. Call "
+                        "scaler.scale(loss).backward() before step()."
+                    )
+                scaler._end_step(self, pending)  # unscale_ found gradients, and the user dropped them
             return loss
         ballots = [Ballot(layout.ABSENT)] if scaler is None or state is None else scaler._ballots(state, pending)
         votes = None if scaler is None else scaler._vote_row(self)
@@ -563,6 +572,7 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
         self._execution = None
         self._unscaled = {}
         self._agreed = Agreement()
+        self._note_state()
         self._known = None
         self._loaded = {}
         self._before = {}

@@ -100,8 +100,11 @@ def _refuse_assign(module: nn.Module, state_dict: Mapping[str, Any], prefix: str
 
 
 def _holder_of(param: Tensor) -> MixedPrecisionOptimizer | None:
-    holders = cast("Iterable[MixedPrecisionOptimizer]", validation.wrappers)
-    return next((holder for holder in holders if param in holder._masters), None)
+    wrappers = cast("Iterable[MixedPrecisionOptimizer]", validation.wrappers)
+    holders = [holder for holder in wrappers if param in holder._masters]
+    if len(holders) > 1:  # it was moved from one optimizer to another
+        holders = [holder for holder in holders if any(param is own for own in parameters(holder))] or holders
+    return holders[0] if holders else None
 
 
 # Exporting.

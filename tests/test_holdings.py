@@ -640,3 +640,111 @@ def test_memory_with_gaps_or_overlaps_is_refused_after_wrapping(memory):
     param.data = memory
     with pytest.raises(RuntimeError, match="was given memory with gaps or overlaps after it was wrapped"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("prepare", [lambda optimizer: None, lambda optimizer: optimizer.schedule(None)])
+def test_memory_that_was_swapped_twice_between_two_looks(prepare):
+    """The allocator may give the first address back; then version and address would be as they were."""
+    for n in range(64, 104):
+        param = nn.Parameter(torch.ones(n, n).half())
+        optimizer = MixedPrecisionOptimizer(torch.optim.SGD([param], lr=1.0))
+        prepare(optimizer)
+        for factor in (0.5, 0.25):
+            param.data = param.data * factor
+        param.grad = torch.zeros_like(param)
+        optimizer.step()
+        assert (param == 0.125).all(), n
+
+
+def test_other_bits_in_the_same_memory():
+    """The dtype changed, and nothing else."""
+    param = nn.Parameter(torch.ones(4, 4).half())
+    optimizer = MixedPrecisionOptimizer(torch.optim.SGD([param], lr=0.5))
+    param.grad = torch.zeros_like(param)
+    optimizer.step()
+    param.grad = None
+    param.data = param.data.view(BRAIN)
+    (value,) = set(param.detach().float().flatten().tolist())
+    param.grad = torch.zeros_like(param)
+    optimizer.step()
+    assert next(iter(optimizer.master_params())).unique().tolist() == [value]
+    assert param.float().unique().tolist() == [value]
+
+
+def test_fp32_weights_go_to_the_optimizer_that_holds_the_parameter_now():
+    for seed in range(12):
+        model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+        first = mpengine.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        second = MixedPrecisionOptimizer(torch.optim.SGD([nn.Parameter(torch.zeros(2).half())], lr=0.1))
+        second.add_param_group({"params": [first.param_groups[0]["params"].pop()]})
+        weights = {key: torch.randn(4, 4) for key in model.state_dict()}
+        model.load_state_dict(weights)
+        assert torch.equal(list(second.master_params())[-1], weights["1.weight"]), seed
+        assert torch.equal(second.fp32_state_dict(model)["1.weight"], weights["1.weight"]), seed
+
+
+def momentum(param):
+    optimizer = MixedPrecisionOptimizer(torch.optim.SGD([param], lr=1.0, momentum=0.5))
+    return optimizer, optimizer.state[param]
+
+
+def test_a_dict_of_state_stays_the_one_that_it_is():
+    """Who holds it may edit it at any time, as with torch."""
+    param = nn.Parameter(torch.ones(4).half())
+    optimizer, own = momentum(param)
+    theirs = None
+    for step in range(6):
+        if step == 3:
+            theirs = optimizer.state[param] = {"momentum_buffer": torch.ones(4)}
+        (own if theirs is None else theirs)["momentum_buffer"] = torch.full((4,), float(step))
+        assert optimizer.state[param] is (own if theirs is None else theirs)
+        before = param.detach().clone()
+        param.grad = torch.zeros(4).half()
+        optimizer.step()
+        expected = 0.0 if step == 0 else 0.5 * step  # the first buffer is the gradient
+        assert (before - param.detach()).tolist() == [expected] * 4
+
+
+def test_a_gradient_with_the_negative_bit():
+    runs = []
+    for lazy in (False, True):
+        param = nn.Parameter(torch.ones(40, 40).half())
+        optimizer = MixedPrecisionOptimizer(torch.optim.SGD([param], lr=0.5))
+        for _ in range(3):
+            param.grad = torch._neg_view(torch.ones(40, 40).half()) if lazy else -torch.ones(40, 40).half()
+            optimizer.step()
+        runs.append(param.detach().unique().tolist())
+    assert runs[0] == runs[1] == [2.5]
+
+
+@pytest.mark.parametrize("value", ["x", 1j, None])
+def test_a_hyperparameter_that_is_no_number(value):
+    param = nn.Parameter(torch.ones(4).half())
+    optimizer = MixedPrecisionOptimizer(torch.optim.SGD([param], lr=0.5))
+    optimizer.param_groups[0]["lr"] = value
+    param.grad = torch.ones(4).half()
+    with pytest.raises(TypeError, match=r"group 0 of the optimizer has .* among its hyperparameters; each must be"):
+        optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.5
+    optimizer.step()
+    assert param.tolist() == [0.5] * 4
+    assert optimizer.steps_taken == 1
+
+
+def test_gradients_that_are_dropped_after_unscale_():
+    """Nothing is stepped, as with torch.amp; the scale moves by what unscale_ found."""
+    param = nn.Parameter(torch.ones(4).half())
+    optimizer = MixedPrecisionOptimizer(torch.optim.SGD([param], lr=0.5), GradScaler("cpu", growth_interval=1))
+    scaler = started(optimizer.scaler)
+    before = scaler.get_scale()
+    param.grad = torch.ones(4).half()
+    scaler.unscale_(optimizer)
+    param.grad = None
+    for master in optimizer.master_params():
+        master.grad = None
+    scaler.step(optimizer)
+    with pytest.raises(RuntimeError, match="already been called"):
+        scaler.step(optimizer)
+    scaler.update()
+    assert param.tolist() == [1.0] * 4
+    assert scaler.get_scale() == 2.0 * before

@@ -169,3 +169,33 @@ def test_a_capture_that_fails_leaves_training_as_it_was(when, captured):
     assert seen(world) == seen(twin)
     assert train.captures == 1
     assert train.replays == 6
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_an_optimizer_that_was_not_given_is_noticed(device, wrapped):
+    """Nobody would follow its learning rate."""
+    world = zeroing_last(device)
+    other = nn.Linear(3, 3, device=device)
+    forgotten = adamw(other.parameters())
+    if wrapped:
+        forgotten = mpengine.prepare(other, forgotten, world.scaler)
+
+    def iteration(x, y):
+        world.scaler.scale(other(x.new_ones(2, 3).to(other.weight.dtype)).float().sum()).backward()
+        if wrapped:
+            forgotten.step()
+        else:
+            world.scaler.step(forgotten)
+        forgotten.zero_grad()
+        return world.iteration(x, y)
+
+    train = GraphedIteration(iteration, world.optimizer, warmup=2)
+    for i in range(2):
+        train(*batch(i, device))
+    with pytest.raises(RuntimeError, match=r"not given \(AdamW\).*GraphedIteration\(iteration, \[a, b\]\)"):
+        train(*batch(2, device))
+    if wrapped:
+        train = GraphedIteration(iteration, [world.optimizer, forgotten], warmup=2)
+        for i in range(4):
+            train(*batch(i, device))
+        assert train.captures == 1
