@@ -272,8 +272,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     if chosen.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"torch {torch.__version__} finds no CUDA device: --device cpu, or a CUDA build of torch")
-    if chosen.seconds <= 0.0 or chosen.budget <= 0.0:
-        parser.error("--seconds and --budget must be above 0")
+    if chosen.seconds < 0.0 or chosen.budget < 0.0:
+        parser.error("--seconds and --budget must not be negative")
     if chosen.rounds < 1 or (chosen.threads is not None and chosen.threads < 1):
         parser.error("--rounds and --threads must be at least 1")
     if chosen.threads:

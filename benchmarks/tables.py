@@ -172,6 +172,8 @@ def times(speed: float, other: float | None) -> str:
 
 def static_table(document: Document, arch: int = 90) -> str:
     """What each kernel is on one architecture, and how long the AdamW step must take on each GPU."""
+    if not all("paths" in row for row in document.rows):
+        return generic_table(document)  # of another version
     lines, predicted, cases = [], {}, ("adam", "inspect")
     for row in document.rows:
         path = max(row["paths"], key=lambda path: path["bytes_per_parameter"], default=None)
