@@ -63,7 +63,7 @@ def test_the_section_is_one_small_table_with_hardware_versions_and_date():
     text = section(everything(MEASURED))
     assert NOT_MEASURED not in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(rows) == 2 + 10
+    assert len(rows) == 2 + 11
     by_name = {row.split(" | ")[0].lstrip("| "): row for row in rows}
     assert by_name["AdamW step with clipping, 1e9 in 64 tensors"].endswith("| 10.7 ms | 17.0 ms | 1.59 | 97% |")
     assert "(captured) | 4.00 ms | 6.67 ms | 1.67 | - |" in text
