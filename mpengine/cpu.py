@@ -9,7 +9,7 @@ update:   for each unit, on some thread: widen, unscale, clip, and the rule, one
 NumPy does the arithmetic, as it rounds after each operation; PyTorch widens and rounds fp16 and bf16. Sums are taken
 block by block and stored by position, so they do not depend on the number of threads. The blocks are larger than a
 core's own cache because the interpreter's lock changes hands at every operation, which costs more than the way to the
-shared cache: on two cores, blocks of a quarter of the size made the threads slower together than one alone. A thread
+shared cache: on two cores, blocks of an eighth of the size made the threads slower together than one alone. A thread
 keeps at most 4 MiB of buffers; nothing else of a tensor's size is allocated, unless a loss overflowed.
 """
 
