@@ -8,7 +8,8 @@
 # make docs    draws the plots in docs/schedules
 # make clean   removes what the others wrote, but for the environment .venv
 #
-# The first of them makes .venv; `make gpu` uses PYTHON as it is. PYTHON chooses the interpreter: make test PYTHON=python3.12
+# The first of them makes .venv; `make gpu` takes PYTHON as it is. PYTHON chooses the interpreter:
+# make test PYTHON=python3.12
 
 PYTHON ?= python3
 DEMO_ITERATIONS ?= 800

@@ -270,10 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="of the CPU")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of the result file")
     chosen = parser.parse_args(arguments)
-    if chosen.device == "cuda" and not torch.cuda.is_available():
-        parser.error(f"torch {torch.__version__} finds no CUDA device: --device cpu, or a CUDA build of torch")
-    if chosen.seconds < 0.0 or chosen.budget < 0.0:
-        parser.error("--seconds and --budget must not be negative")
+    devices.check_arguments(parser, chosen)
     if chosen.rounds < 1 or (chosen.threads is not None and chosen.threads < 1):
         parser.error("--rounds and --threads must be at least 1")
     if chosen.threads:

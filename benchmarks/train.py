@@ -154,10 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=600.0, help="seconds in all")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of the result file")
     chosen = parser.parse_args(arguments)
-    if chosen.device == "cuda" and not torch.cuda.is_available():
-        parser.error(f"torch {torch.__version__} finds no CUDA device: --device cpu, or a CUDA build of torch")
-    if chosen.seconds < 0.0 or chosen.budget < 0.0:
-        parser.error("--seconds and --budget must not be negative")
+    devices.check_arguments(parser, chosen)
     smoke = chosen.device == "cpu"
     names = chosen.workloads or [name for name, workload in WORKLOADS.items() if workload.smoke == smoke]
     document = Document(

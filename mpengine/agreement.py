@@ -71,7 +71,7 @@ class Agreement:
         self._memory: list[tuple[Any, ...]] = []
         self._doubtful: set[int] = set()
         self._unknown: set[int] = set()
-        self._pointers: list[int] = []
+        self._pointers: list[int] = []  # of _memory, to compare all at once
         # Kept until the next look: no other memory may get its address meanwhile, and pass for it.
         self._storages: list[torch.UntypedStorage | None] = []
 

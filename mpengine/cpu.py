@@ -56,6 +56,14 @@ def inspect(table: TensorTable, sources: SourceTable) -> None:
     workers.run(task.run, units)
 
 
+def _run(unit: list[Block], on_block: Callable[[Block], None], on_pack: Callable[[list[Block]], None]) -> None:
+    with np.errstate(all="ignore"):
+        if len(unit) == 1:
+            on_block(unit[0])
+        else:
+            on_pack(unit)
+
+
 class _Inspection(NamedTuple):
     """What the threads of `inspect` share; each writes the cells of its own units."""
 
@@ -68,11 +76,7 @@ class _Inspection(NamedTuple):
 
     def run(self, unit: list[Block]) -> None:
         """Inspects a unit."""
-        with np.errstate(all="ignore"):
-            if len(unit) == 1:
-                self._block(unit[0])
-            else:
-                self._pack(unit)
+        _run(unit, self._block, self._pack)
 
     def _block(self, block: Block) -> None:
         here = [reading.cut(block) for reading in self.readings[block.tensor]]
@@ -211,11 +215,7 @@ class _Update(NamedTuple):
 
     def run(self, unit: list[Block]) -> None:
         """Steps a unit."""
-        with np.errstate(all="ignore"):
-            if len(unit) == 1:
-                self._block(unit[0])
-            else:
-                self._pack(unit)
+        _run(unit, self._block, self._pack)
 
     def _block(self, block: Block) -> None:
         i, start, stop, _ = block

@@ -5,6 +5,7 @@ A field that a device cannot give is None, never a guess.
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import tempfile
@@ -227,3 +228,11 @@ def count_launches(trace: dict[str, Any]) -> dict[str, float]:
 def count_syncs(caught: list[warnings.WarningMessage]) -> int:
     """The warnings that tell of a synchronising call; others that a run gives do not count."""
     return sum(_SYNC_WARNING in str(warning.message) for warning in caught)
+
+
+def check_arguments(parser: argparse.ArgumentParser, chosen: argparse.Namespace) -> None:
+    """Ends the program where `--device` is not there, or `--seconds` or `--budget` are negative."""
+    if chosen.device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"torch {torch.__version__} finds no CUDA device: --device cpu, or a CUDA build of torch")
+    if chosen.seconds < 0.0 or chosen.budget < 0.0:
+        parser.error("--seconds and --budget must not be negative")
