@@ -1,6 +1,6 @@
 """mpengine: fp16 training with FP32 master weights, a dynamic scale for every loss, and one fused step."""
 
-from mpengine import graphs, reference, rules, schedules
+from mpengine import graphs, optim, reference, rules, schedules
 from mpengine.grad_scaler import GradScaler
 from mpengine.optimizer import MixedPrecisionOptimizer
 from mpengine.precision import prepare
@@ -16,6 +16,7 @@ __all__ = [
     "MixedPrecisionOptimizer",
     "Report",
     "graphs",
+    "optim",
     "prepare",
     "reference",
     "rules",
