@@ -86,8 +86,8 @@ def _check_kernels(entries: Iterable[Entry]) -> None:
     for rule in dict.fromkeys(entry.rule for entry in entries):
         if rule not in BUILT_IN and rule.kernels is None:
             raise RuntimeError(
-                f"rule '{rule.name}' has no Triton functions, and its parameters lie on CUDA: give declare(kernels=...) "
-                "the twins of its functions, or step FP32 weights with the optimizer by itself."
+                f"rule '{rule.name}' has no Triton functions, and its parameters lie on CUDA. Give their twins to "
+                "declare(kernels=...), or step FP32 weights with the optimizer by itself."
             )
 
 
