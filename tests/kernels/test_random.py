@@ -6,11 +6,24 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mpengine.kernels import layout
+from mpengine.optim import Lion
 from tests.kernels.harness import BRAIN, HALF, SINGLE, Grad, Problem, Spec, check
 
 KINDS = st.sampled_from([HALF, BRAIN, SINGLE])
 SIZES = st.sampled_from([0, 1, 2, 31, 257, 1023, 1024, 1025, 2048, 3333])
 NON_FINITE = [float("inf"), float("-inf"), float("nan")]
+
+BETAS = {"betas": st.sampled_from([(0.9, 0.999), (0.0, 0.5)])}
+MOMENTUM = {"momentum": st.sampled_from([0.0, 0.9])}
+OPTIONS = {
+    torch.optim.SGD: {**MOMENTUM, "dampening": st.just(0.0), "nesterov": st.just(False)},
+    torch.optim.Adam: {**BETAS, "amsgrad": st.booleans()},
+    torch.optim.AdamW: {**BETAS, "amsgrad": st.booleans()},
+    torch.optim.RMSprop: {**MOMENTUM, "centered": st.booleans(), "alpha": st.sampled_from([0.99, 0.3])},
+    torch.optim.Adagrad: {"lr_decay": st.sampled_from([0.0, 0.1]), "eps": st.sampled_from([1e-10, 1e-3])},
+    torch.optim.Adadelta: {"rho": st.sampled_from([0.9, 0.5]), "eps": st.sampled_from([1e-6, 1e-3])},
+    Lion: BETAS,
+}
 
 
 @st.composite
@@ -32,16 +45,12 @@ def specs(draw, losses, groups):
 @st.composite
 def problems(draw):
     losses, groups = draw(st.sampled_from([1, 1, 2, 3, 8, 11])), draw(st.integers(1, 2))
-    optimizer = draw(st.sampled_from([torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW]))
+    optimizer = draw(st.sampled_from(list(OPTIONS)))
     rates = {"lr": st.sampled_from([0.0, 1e-3, 0.1]), "weight_decay": st.sampled_from([0.0, 0.1])}
-    options = rates | {"maximize": st.booleans()}
-    if optimizer is torch.optim.SGD:
-        options |= {"momentum": st.sampled_from([0.0, 0.9]), "dampening": st.just(0.0), "nesterov": st.just(False)}
-    else:
-        options |= {"amsgrad": st.booleans(), "betas": st.sampled_from([(0.9, 0.999), (0.0, 0.5)])}
+    options = rates | {"maximize": st.booleans()} | OPTIONS[optimizer]
     chosen = [draw(st.fixed_dictionaries(options)) for _ in range(groups)]
     for group in chosen:
-        if group.get("momentum") and draw(st.booleans()):
+        if optimizer is torch.optim.SGD and group["momentum"] and draw(st.booleans()):
             group |= draw(st.sampled_from([{"nesterov": True}, {"dampening": 0.25}]))
     scale = st.sampled_from([None, 1.0, 3.0, 0.1, 2.0**-126, 65536.0, 1e6])
     return Problem(

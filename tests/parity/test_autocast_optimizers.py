@@ -29,6 +29,15 @@ def _options():
     yield adam, {"lr": 0.01, "betas": (0.0, 0.9)}
     yield adam, {"lr": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True}
     yield adamw, {"lr": torch.tensor(0.01), "eps": 1e-4}
+    rmsprop, adagrad, adadelta = torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adadelta
+    for momentum, centered, weight_decay in itertools.product((0.0, 0.9), (False, True), (0.0, 0.02)):
+        yield rmsprop, {"lr": 0.01, "momentum": momentum, "centered": centered, "weight_decay": weight_decay}
+    yield rmsprop, {"lr": torch.tensor(0.01), "alpha": 0.5, "maximize": True}
+    yield adagrad, {"lr": 0.05}
+    yield adagrad, {"lr": 0.05, "lr_decay": 0.1, "weight_decay": 0.02, "initial_accumulator_value": 0.3}
+    yield adagrad, {"lr": torch.tensor(0.05), "eps": 1e-4, "maximize": True}
+    yield adadelta, {"lr": 1.0}
+    yield adadelta, {"lr": 1.0, "rho": 0.5, "weight_decay": 0.02, "maximize": True}
 
 
 OPTIONS = list(_options())
@@ -49,6 +58,8 @@ every_option = pytest.mark.parametrize("case", OPTIONS, ids=_name)
 
 def maker(case, loop):
     cls, options = case
+    if cls in (torch.optim.RMSprop, torch.optim.Adadelta) and "fused" in loop:
+        loop = {}  # torch has no such loop for them
     own = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     return lambda params: cls(params, **own, **loop)
 
