@@ -1,4 +1,4 @@
-"""RMSprop, Adagrad and Adadelta in every option: kernels, torch.optim, the equations in float64, and a training loop.
+"""RMSprop, Adagrad and Adadelta in every option: torch.optim, the equations in float64, and a training loop.
 
 tests/test_skip.py, test_checkpoint.py and their like run them beside the other fused optimizers.
 """
@@ -13,12 +13,11 @@ import torch
 
 import mpengine
 from mpengine import GradScaler, MixedPrecisionOptimizer, backend, reference
-from mpengine.kernels import launch
 from mpengine.rules import rmsprop
 from tests.harness import BRAIN, HALF, SINGLE, feed, network, parameters, prepared, same_bits, snapshot, train, twins_of
-from tests.kernels.harness import Grad, Problem, Spec, check
 from tests.oracle import Oracle
 from tests.race import Race, few_parameters, gradients_of
+from tests.rules.cases import ADADELTA, ADAGRAD, CASES, RMSPROP, STATE, VARIANTS, every_case, every_variant, name
 from tests.sabotage import (
     a_thousandth_more,
     doubled,
@@ -31,93 +30,7 @@ from tests.sabotage import (
     state_forgotten,
 )
 
-KERNELS = dict(launch.RULES)
-RMSPROP, ADAGRAD, ADADELTA = torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adadelta
-VARIANTS = [
-    (RMSPROP, {}),
-    (RMSPROP, {"momentum": 0.9}),
-    (RMSPROP, {"centered": True}),
-    (RMSPROP, {"centered": True, "momentum": 0.9}),
-    (ADAGRAD, {}),
-    (ADADELTA, {}),
-]
-OTHERS = [
-    (RMSPROP, {"alpha": 0.5, "eps": 1e-3}),
-    (RMSPROP, {"alpha": 0.3, "centered": True}),
-    (ADAGRAD, {"lr_decay": 0.1}),
-    (ADAGRAD, {"initial_accumulator_value": 0.3, "eps": 1e-3}),
-    (ADADELTA, {"rho": 0.5}),
-    (ADADELTA, {"eps": 1e-3}),
-]
-CASES = [
-    *((cls, {**options, **more}) for cls, options in VARIANTS for more in ({}, {"weight_decay": 0.02})),
-    *((cls, {**options, "weight_decay": 0.02, "maximize": True}) for cls, options in VARIANTS),
-    *OTHERS,
-]
-STATE = {RMSPROP: {"square_avg"}, ADAGRAD: {"sum"}, ADADELTA: {"square_avg", "acc_delta"}}
-
-
-def name(case):
-    cls, options = case
-    return "-".join([cls.__name__, *(f"{key}={value}" for key, value in options.items())])
-
-
-every_variant = pytest.mark.parametrize("case", VARIANTS, ids=name)
-every_case = pytest.mark.parametrize("case", CASES, ids=name)
-
-
-# The kernels and the CPU path give the reference's bits.
-
-
-@every_case
-def test_kernels_at_odd_sizes(case):
-    cls, options = case
-    tensors = (*(Spec((n,)) for n in (0, 1, 31, 1023, 1025)), Spec((9,), grads=()))
-    check(Problem(tensors, cls, (options,), max_norm=1.0), steps=3)
-
-
-@every_variant
-def test_kernels_of_every_kind_and_alignment(case):
-    cls, options = case
-    kinds = (HALF, BRAIN, SINGLE)
-    several = tuple(Grad(loss, kind) for loss, kind in enumerate(kinds))
-    tensors = (
-        *(Spec((n,), kind, (Grad(0, kind),)) for n, kind in itertools.product((33, 2048), kinds)),
-        Spec((20000,), grads=several),
-        Spec((1100,), SINGLE, (Grad(1, HALF, misaligned=True),), misaligned=True),
-        Spec((4, 7, 5, 3), channels_last=True),
-    )
-    groups = ({**options, "weight_decay": 0.1},)
-    check(Problem(tensors, cls, groups, scales=(1024.0, 3.0, None), max_norm=1.0), steps=1)
-
-
-@every_variant
-def test_kernels_skip(case):
-    cls, options = case
-    problem = Problem((Spec((1025,)), Spec((31,))), cls, (options,)).with_spikes(1, 0, (30, math.inf))
-    world = check(problem)
-    assert world.table.counts.tolist() == [0, 2]
-    assert world.table.steps.tolist() == [0, 0]
-
-
-@every_variant
-def test_a_kernel_that_computes_something_else_is_noticed(case, monkeypatch):
-    cls, options = case
-    other = {
-        "rmsprop": "adagrad",
-        "rmsprop_momentum": "adadelta",
-        "rmsprop_centered": "rmsprop_momentum",
-        "rmsprop_centered_momentum": "adam_amsgrad",
-        "adagrad": "rmsprop",
-        "adadelta": "rmsprop_momentum",
-    }
-    for rule, instead in other.items():
-        monkeypatch.setitem(launch.RULES, rule, KERNELS[instead])
-    with pytest.raises(AssertionError, match="elements differ"):
-        check(Problem((Spec((31,)),), cls, (options,)), steps=1)
-
-
-# torch's own, and the equations.
+# Against torch's own, and the equations.
 
 
 @every_case
