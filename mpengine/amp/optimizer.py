@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import unwrap
 from types import MethodType
 from typing import Any, cast
 
@@ -79,17 +80,20 @@ class AmpOptimizer(MixedPrecisionOptimizer):
         """
         if closure is not None:
             raise RuntimeError("Currently, Amp does not support closure use with optimizers.")
-        self.check_current()
         if all(param.grad is None for param in parameters(self)):
             self.loss_scaler.verdicts.stepped(self)
             self._inner._opt_called = True  # type: ignore[attr-defined]  # schedulers ask
             return
-        super().step()
+        unwrap(MixedPrecisionOptimizer.step)(self)  # torch wraps each class's step with the hooks; once is enough
 
     def retire(self) -> None:
         """A later `initialize` takes over the parameters: from now on `step` is an error."""
         self._replaced = True
+        self.step = MethodType(AmpOptimizer._refuse_step, self)  # type: ignore[method-assign]
         validation.wrappers.discard(self)
+
+    def _refuse_step(self, closure: None = None) -> None:
+        self.check_current()
 
     def _step_inner(self, *args: Any) -> None:
         self._stepping_inner = True
