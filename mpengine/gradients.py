@@ -125,11 +125,12 @@ class Ledger:
         self._check_averaged(optimizer, pending)
         return pending
 
-    def unscaled(self, optimizer: torch.optim.Optimizer, pending: Pending) -> None:
-        """Every `.grad` has become the unscaled sum of what was pending."""
+    def unscaled(self, optimizer: torch.optim.Optimizer, pending: Pending, own_memory: bool = False) -> None:
+        """Every `.grad` has become the unscaled sum of what was pending, in memory of its own or in the old one."""
         for param, labelled in zip(parameters(optimizer), pending, strict=True):
             if labelled and param.grad is not None:
-                self._forget_aside(param).note(param.grad, Label(labelled[0][0].loss_id, None, counted=True))
+                label = Label(labelled[0][0].loss_id, None, counted=True, own_memory=own_memory)
+                self._forget_aside(param).note(param.grad, label)
         at, _ = self._by_hand.get(optimizer, (0, None))
         self._by_hand[optimizer] = (at, UNSCALED)
 

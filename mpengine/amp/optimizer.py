@@ -119,7 +119,17 @@ class AmpOptimizer(MixedPrecisionOptimizer):
             self._unscale()
         else:  # in place: a script may hold on to the gradients, and they are as large as the weights
             plain.unscale(self, self._checked(pending), scaler._vote_row(self), scaler._ballots(None, pending))
-        scaler._ledger.unscaled(self, pending)
+        scaler._ledger.unscaled(self, pending, own_memory=self.has_masters)
+
+    def fold(self, loss_id: int) -> None:
+        """Several passes of a loss become one FP32 sum, as large as the masters.
+
+        Set aside, each would keep its own gradients until the step. Passes that were delayed have added up already.
+        """
+        labels = self.loss_scaler._pending(self).labels
+        several = sum(label.loss_id == loss_id for label in labels) > 1
+        if several and all(label.counted for label in labels):
+            self.unscale_pending()
 
     def _is_unscaled(self, pending: Pending) -> bool:
         for param, labelled in zip(parameters(self), pending, strict=True):

@@ -101,11 +101,19 @@ class LossScaler(GradScaler):
 
     def has_unchecked(self, loss_id: int) -> bool:
         """Whether a pass of this loss waits to be checked, on any optimizer."""
-        return any(bool(_unchecked(self._pending(o), loss_id).active) for o in self._ledger.optimizers)
+        return bool(self._unchecked_optimizers(loss_id))
+
+    def _unchecked_optimizers(self, loss_id: int) -> list[MixedPrecisionOptimizer]:
+        watched = [o for o in self._ledger.optimizers if isinstance(o, MixedPrecisionOptimizer)]
+        return [o for o in watched if _unchecked(self._pending(o), loss_id).active]
 
     def discard(self, loss_id: int) -> None:
         """Drops the gradients of unchecked passes of a loss; what was pending before is there as it was."""
         self._ledger.discard(loss_id)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.overflow_log = OverflowLog(enabled=False)
 
     # What the step asks.
 
@@ -113,10 +121,10 @@ class LossScaler(GradScaler):
         return _as_column(super()._pending(optimizer))
 
     def check_rest(self, optimizer: MixedPrecisionOptimizer) -> None:
-        """Checks the passes that left gradients on this optimizer and were not checked."""
+        """Checks the passes that left gradients on this optimizer and were not checked, on all optimizers."""
         waiting = self._pending(optimizer).labels
         for loss_id in sorted({label.loss_id for label in waiting if not label.counted}):
-            self.check_([optimizer], loss_id)
+            self.check_(self._unchecked_optimizers(loss_id), loss_id)
 
     def _begin_step(self, optimizer: torch.optim.Optimizer) -> _OptimizerState:
         assert isinstance(optimizer, MixedPrecisionOptimizer)

@@ -158,6 +158,22 @@ def test_7_set_aside_gradients_are_not_copied(level):
     assert kept is pending[0][1]
 
 
+@pytest.mark.parametrize("level", ["O2", "O3"])
+def test_7_accumulation_needs_one_fp32_sum_beside_the_new_gradients(level):
+    model, optimizer = weights(level)
+    for i in range(4):
+        backward(model, optimizer, [1.0, 2.0, 3.0])
+        (pending,) = optimizer.loss_scaler._pending(optimizer)
+        assert [grad.dtype for _, grad in pending] == [torch.float32 if i else torch.float16]
+    optimizer.step()
+    assert master(optimizer) == [-4.0, -8.0, -12.0]
+    total = model.weight.grad
+    with amp.scale_loss(model(torch.ones(3)), optimizer) as scaled:
+        scaled.backward()
+        pending = optimizer.loss_scaler._pending(optimizer)[0]
+        assert any(grad is total for _, grad in pending)  # set aside as it is, not copied
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_7_nothing_is_read_back(level, monkeypatch):
     """On a CPU every read is at hand; that the scaler asks for none is what a GPU needs."""
