@@ -63,6 +63,11 @@ class AmpOptimizer(MixedPrecisionOptimizer):
         """Whether some parameter is not its own master."""
         return bool(self._masters)
 
+    @property
+    def is_replaced(self) -> bool:
+        """Whether a later `initialize` has taken over."""
+        return self._replaced
+
     def check_current(self) -> None:
         """Raises RuntimeError where a later `initialize` has taken over."""
         if self._replaced:

@@ -43,8 +43,15 @@ class Amp:
 
     @property
     def optimizers(self) -> list[AmpOptimizer]:
-        """Those that are alive."""
-        return [optimizer for reference in self._optimizers if (optimizer := reference()) is not None]
+        """Those that are alive, and that no later call has replaced."""
+        alive = [optimizer for reference in self._optimizers if (optimizer := reference()) is not None]
+        return [optimizer for optimizer in alive if not optimizer.is_replaced]
+
+    def end(self) -> None:
+        """A later call has undone what this one did."""
+        self._models.clear()
+        for optimizer in self.optimizers:
+            optimizer.retire()
 
 
 _latest: Amp | None = None

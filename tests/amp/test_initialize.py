@@ -543,6 +543,28 @@ def test_a_fresh_start_undoes_norms_and_buffers():
     assert (len(model[3]._forward_hooks), len(model._state_dict_hooks)) == before
 
 
+def test_a_fresh_start_of_one_of_several_models_ends_the_others():
+    """They shared a call; what the others do next is their own."""
+    a, b = Weights(value=0.1), Weights(value=0.1)
+    [a, b], old = amp.initialize([a, b], sgd(a, b), opt_level="O2", **DYNAMIC)
+    a, opt_a = amp.initialize(a, sgd(a), opt_level="O2", **DYNAMIC)
+    assert (a.weight.dtype, b.weight.dtype) == (HALF, SINGLE)
+    assert not modules.is_patched(b)
+    b, opt_b = amp.initialize(b, sgd(b), opt_level="O2", **DYNAMIC)
+    a, again = amp.initialize(a, sgd(a), opt_level="O3", **DYNAMIC)
+    with pytest.raises(RuntimeError, match=r"passed through amp\.initialize once"):
+        amp.initialize(a, old)
+    with pytest.raises(TypeError, match="LBFGS"):
+        amp.initialize(a, torch.optim.LBFGS(a.parameters()))
+    for model, optimizer in ((b, opt_b), (a, again)):
+        backward(model, optimizer, [1.0] * 3)
+        optimizer.step()
+        assert master(optimizer) == (torch.tensor([0.1] * 3) - 1.0).tolist()
+    for optimizer in (old, opt_a):
+        with pytest.raises(RuntimeError, match="belongs to an earlier"):
+            optimizer.step()
+
+
 @pytest.mark.parametrize("level", ["O0", "O1"])
 def test_a_second_call_for_the_same_model_and_other_weights(level):
     """Without casts the optimizers of both calls go on."""
