@@ -51,10 +51,15 @@ class Ledger:
     Args:
         several: Whether the scaler has several losses; then every gradient must come from a scaled loss.
         name_of: From a parameter to the name that errors use.
+
+    Attributes:
+        zeros_drop: Whether `.grad` that somebody has set to zeros in place, as `model.zero_grad(set_to_none=False)`
+            does, drops what else was pending on its parameter; else such an edit is refused like any other.
     """
 
     def __init__(self, several: bool, name_of: Callable[[Tensor], str]) -> None:
         self.several = several
+        self.zeros_drop = False
         self.latest: Label | None = None
         self.passes = 0  # backward passes of scaled losses so far
         self._name_of = name_of
@@ -218,6 +223,10 @@ class Ledger:
             record.aside = [(old, grad) for old, grad in record.aside if old.loss_id != loss_id or old.counted]
             if record.label is None or record.label.loss_id != loss_id or record.label.counted:
                 continue
+            if record.blank:
+                param.grad.detach().zero_()
+                record.note(param.grad, ZEROS, spent=True)
+                continue
             param.grad = None
             if record.aside:
                 _restore(param, record)
@@ -318,9 +327,12 @@ class Ledger:
             waiting = [param for param in parameters(optimizer) if param.grad is not None]
             pending += [(p, self._label_of(p, default), self._pending(p, default)) for p in waiting]
         for param, own, labelled in pending:
-            if not labelled or own in (label, ZEROS):
+            if not labelled or own is label:
                 continue
             record = self._record(param)
+            record.blank = own is ZEROS
+            if record.blank:
+                continue
             kept = next((grad for old, grad in labelled if old is label), None)
             record.set_aside([(old, grad) for old, grad in labelled if old is not label], kept, layout.MAX_SOURCES)
             param.grad = kept
@@ -351,7 +363,7 @@ class Ledger:
             grad = None if param is None else param.grad
             if param is None or grad is None or not record.holds(param, grad):
                 del self._records[key]
-            elif record.aside and grad._version != record.version and record.spent:
+            elif record.aside and grad._version != record.version and (record.spent or self._was_zeroed(grad)):
                 record.forget_aside()
             elif record.aside and grad._version != record.version:
                 raise RuntimeError(
@@ -360,6 +372,9 @@ class Ledger:
                     "zero_grad(set_to_none=True), or optimizer.zero_grad(). To clip or edit the sum: "
                     "scaler.unscale_(optimizer) first."
                 )
+
+    def _was_zeroed(self, grad: Tensor) -> bool:
+        return self.zeros_drop and not bool(grad.any())  # one sync, where several gradients were pending
 
     def _close_pass(self) -> None:
         running = self._pass()

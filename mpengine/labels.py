@@ -154,7 +154,7 @@ class Snapshot:
 class Record:
     """What is known about one parameter's gradients: the label of `.grad`, and those set aside."""
 
-    __slots__ = ("aside", "grad", "label", "local", "local_aside", "param", "spent", "version")
+    __slots__ = ("aside", "blank", "grad", "label", "local", "local_aside", "param", "spent", "version")
 
     def __init__(self, param: Tensor) -> None:
         self.param = weakref.ref(param)
@@ -163,6 +163,7 @@ class Record:
         self.grad: Callable[[], Tensor | None] = lambda: None
         self.version = 0
         self.spent = False  # zeros, or stepped already: what somebody writes there later is a new gradient
+        self.blank = False  # whether `.grad` was zeros when the first pass under its label began to add to it
         self.local = False  # whether no_sync() kept `.grad` from being averaged over ranks
         self.local_aside: list[Tensor] = []  # those set aside of which the same is true
 

@@ -13,8 +13,10 @@ from torch import Tensor
 from mpengine import plain, validation
 from mpengine.amp.scaler import LossScaler
 from mpengine.gradients import parameters
+from mpengine.kernels import layout
 from mpengine.labels import Pending
 from mpengine.optimizer import MixedPrecisionOptimizer
+from mpengine.sources import Ballot
 
 
 class AmpOptimizer(MixedPrecisionOptimizer):
@@ -118,12 +120,17 @@ class AmpOptimizer(MixedPrecisionOptimizer):
         scaler = self.loss_scaler
         scaler.check_rest(self)  # afterwards nothing will be known of passes
         pending = scaler._pending(self)
+        self._drop_stale(pending)
         if self._is_unscaled(pending):
             return
+        votes, ballots = scaler._vote_row(self), [Ballot(layout.FRESH)] * scaler.num_losses
         if self._masters:
-            self._unscale()
+            self._unscale(ballots)
         else:  # in place: a script may hold on to the gradients, and they are as large as the weights
-            plain.unscale(self, self._checked(pending), scaler._vote_row(self), scaler._ballots(None, pending))
+            plain.unscale(self, self._checked(pending), votes, ballots)
+        # A script that clips an inf by value does not undo the skip, though nobody listed this optimizer.
+        scaler.verdicts.add([self], (votes[:, 0] >= layout.OVERFLOW).any().float(), [self])
+        votes.zero_()
         scaler._ledger.unscaled(self, pending, own_memory=self.has_masters)
 
     def fold(self, loss_id: int) -> None:
@@ -135,6 +142,14 @@ class AmpOptimizer(MixedPrecisionOptimizer):
         several = sum(label.loss_id == loss_id for label in labels) > 1
         if several and all(label.counted for label in labels):
             self.unscale_pending()
+
+    def _drop_stale(self, pending: Pending) -> None:
+        """Where `model.zero_grad()` dropped a gradient, its master's goes too: a norm of them would count it."""
+        for param, labelled in zip(parameters(self), pending, strict=True):
+            if not labelled and param in self._unscaled and param in self._masters:
+                if self._masters[param].grad is self._unscaled[param]:
+                    self._masters[param].grad = None
+                del self._unscaled[param]
 
     def _is_unscaled(self, pending: Pending) -> bool:
         for param, labelled in zip(parameters(self), pending, strict=True):

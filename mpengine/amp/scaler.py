@@ -42,6 +42,7 @@ class LossScaler(GradScaler):
 
     def _make_transient(self) -> None:
         super()._make_transient()
+        self._ledger.zeros_drop = True
         self.verdicts = Verdicts(self._pending, self._ledger.edited)
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:

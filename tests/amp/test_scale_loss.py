@@ -435,7 +435,7 @@ def test_zeroing_the_gradients_drops_the_skip(level, who, to_none, others):
     model = Weights()
     original = sgd(model)
     model, optimizer = amp.initialize(model, original, opt_level=level, num_losses=2, **DYNAMIC)
-    if others and not (level in ("O2", "O3") and who == "model" and not to_none):  # see the next test
+    if others:
         backward(model, optimizer, [1.0] * 3, loss_id=1)
     backward(model, optimizer, [INF] * 3)
     {"optimizer": optimizer, "model": model, "original": original}[who].zero_grad(set_to_none=to_none)
@@ -445,19 +445,31 @@ def test_zeroing_the_gradients_drops_the_skip(level, who, to_none, others):
     assert master(optimizer) == [-1.0, -2.0, -3.0]
 
 
+@pytest.mark.parametrize("level", ["O0", "O1", "O2", "O3"])
+def test_zeroing_in_place_drops_the_gradients_of_all_losses(level):
+    model, optimizer = weights(level, num_losses=2)
+    for _ in range(2):  # and again where some were stepped
+        backward(model, optimizer, [1.0] * 3)
+        backward(model, optimizer, [1.0] * 3, loss_id=1)
+        model.zero_grad(set_to_none=False)
+        backward(model, optimizer, [1.0] * 3)
+        optimizer.step()
+        backward(model, optimizer, [1.0] * 3)
+        model.zero_grad(set_to_none=False)
+    assert master(optimizer) == [-2.0] * 3
+
+
 @pytest.mark.parametrize("level", ["O2", "O3"])
-def test_zeroing_in_place_while_two_losses_are_pending_is_refused_until_they_were_stepped(level):
+def test_another_edit_in_place_of_one_of_several_pending_gradients_is_refused(level):
     model, optimizer = weights(level, num_losses=2)
     backward(model, optimizer, [1.0] * 3)
     backward(model, optimizer, [1.0] * 3, loss_id=1)
-    optimizer.step()
-    model.zero_grad(set_to_none=False)
-    backward(model, optimizer, [1.0] * 3)
-    backward(model, optimizer, [1.0] * 3, loss_id=1)
-    model.zero_grad(set_to_none=False)
-    with pytest.raises(RuntimeError, match=r"optimizer.zero_grad\(\)"):
+    next(model.parameters()).grad.mul_(0.5)
+    with pytest.raises(RuntimeError, match=r"edited while gradients of 2 losses are pending"):
         backward(model, optimizer, [1.0] * 3)
-    assert master(optimizer) == [-2.0] * 3
+    with pytest.raises(RuntimeError, match=r"edited while gradients of 2 losses are pending"):
+        optimizer.step()
+    assert master(optimizer) == [0.0] * 3
 
 
 # Exceptions.
