@@ -138,7 +138,7 @@ class AmpOptimizer(MixedPrecisionOptimizer):
 
         Set aside, each would keep its own gradients until the step. Passes that were delayed have added up already.
         """
-        labels = self.loss_scaler._pending(self).labels
+        labels = self.loss_scaler._peek(self).labels
         several = sum(label.loss_id == loss_id for label in labels) > 1
         if several and all(label.counted for label in labels):
             self.unscale_pending()

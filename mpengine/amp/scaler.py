@@ -43,7 +43,7 @@ class LossScaler(GradScaler):
     def _make_transient(self) -> None:
         super()._make_transient()
         self._ledger.zeros_drop = True
-        self.verdicts = Verdicts(self._pending, self._ledger.edited)
+        self.verdicts = Verdicts(self._peek, self._ledger.edited)
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
         """See `GradScaler.watch`."""
@@ -87,7 +87,7 @@ class LossScaler(GradScaler):
 
     def _look(self, optimizer: MixedPrecisionOptimizer, loss_id: int) -> _Look | None:
         """What is to be inspected, checked; None: nothing."""
-        new = _unchecked(self._pending(optimizer), loss_id)
+        new = _unchecked(self._peek(optimizer), loss_id)
         if not new.active:
             return None
         execution = optimizer._ready()
@@ -106,7 +106,7 @@ class LossScaler(GradScaler):
 
     def _unchecked_optimizers(self, loss_id: int) -> list[MixedPrecisionOptimizer]:
         watched = [o for o in self._ledger.optimizers if isinstance(o, MixedPrecisionOptimizer)]
-        return [o for o in watched if _unchecked(self._pending(o), loss_id).active]
+        return [o for o in watched if _unchecked(self._peek(o), loss_id).active]
 
     def discard(self, loss_id: int) -> None:
         """Drops the gradients of unchecked passes of a loss; what was pending before is there as it was."""
@@ -121,9 +121,14 @@ class LossScaler(GradScaler):
     def _pending(self, optimizer: torch.optim.Optimizer) -> Pending:
         return _as_column(super()._pending(optimizer))
 
+    def _peek(self, optimizer: torch.optim.Optimizer) -> Pending:
+        """The same between the passes of an accumulation under `no_sync()`, of which a part is not averaged yet."""
+        self._state(optimizer)
+        return _as_column(self._ledger.peek(optimizer, self._initialized("check_").labels[0]))
+
     def check_rest(self, optimizer: MixedPrecisionOptimizer) -> None:
         """Checks the passes that left gradients on this optimizer and were not checked, on all optimizers."""
-        waiting = self._pending(optimizer).labels
+        waiting = self._peek(optimizer).labels
         for loss_id in sorted({label.loss_id for label in waiting if not label.counted}):
             self.check_(self._unchecked_optimizers(loss_id), loss_id)
 
