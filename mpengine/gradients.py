@@ -51,10 +51,15 @@ class Ledger:
     Args:
         several: Whether the scaler has several losses; then every gradient must come from a scaled loss.
         name_of: From a parameter to the name that errors use.
+
+    Attributes:
+        zeros_drop: Whether `.grad` that somebody has set to zeros in place, as `model.zero_grad(set_to_none=False)`
+            does, drops what else was pending on its parameter; else such an edit is refused like any other.
     """
 
     def __init__(self, several: bool, name_of: Callable[[Tensor], str]) -> None:
         self.several = several
+        self.zeros_drop = False
         self.latest: Label | None = None
         self.passes = 0  # backward passes of scaled losses so far
         self._name_of = name_of
@@ -74,6 +79,10 @@ class Ledger:
     def watches(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether it does."""
         return optimizer in self.optimizers
+
+    def label_others(self, optimizer: torch.optim.Optimizer, label: Label) -> None:
+        """From now on a gradient of this optimizer that no scaled loss has made is under `label`."""
+        self._by_hand[optimizer] = (self.passes, label)
 
     def begin(self, label: Label) -> None:
         """Called by the first node of a scaled loss's backward pass."""
@@ -111,21 +120,30 @@ class Ledger:
             RuntimeError: A gradient was edited while others were set aside, was not made by a scaled loss though
                 there are several, or waits beside more than `layout.MAX_SOURCES` others.
         """
+        pending = self.peek(optimizer, current)
+        if pending.column is None:
+            self._check_averaged(optimizer, pending)
+        return pending
+
+    def peek(self, optimizer: torch.optim.Optimizer, current: Label) -> Pending:
+        """What `sources` gives, also while DistributedDataParallel has yet to average a part of it."""
         self._close_pass()
         self._expand()
         default = self._default_label(optimizer, current)
         if not self._records and default is not None:
             return Pending(grads=[param.grad for param in parameters(optimizer)], label=default)
         self._check_edits()
-        pending = Pending([self._pending(param, default) for param in parameters(optimizer)])
-        self._check_averaged(optimizer, pending)
-        return pending
+        return Pending([self._pending(param, default) for param in parameters(optimizer)])
 
-    def unscaled(self, optimizer: torch.optim.Optimizer, pending: Pending) -> None:
-        """Every `.grad` has become the unscaled sum of what was pending."""
+    def unscaled(self, optimizer: torch.optim.Optimizer, pending: Pending, own_memory: bool = False) -> None:
+        """Every `.grad` has become the unscaled sum of what was pending, in memory of its own or in the old one."""
         for param, labelled in zip(parameters(optimizer), pending, strict=True):
             if labelled and param.grad is not None:
-                self._forget_aside(param).note(param.grad, Label(labelled[0][0].loss_id, None, counted=True))
+                label = Label(labelled[0][0].loss_id, None, counted=True, own_memory=own_memory)
+                record = self._record(param)
+                local = record.local or bool(record.local_aside)  # what was pending is all averaged, or all local
+                self._forget_aside(param).note(param.grad, label)
+                record.local = local
         at, _ = self._by_hand.get(optimizer, (0, None))
         self._by_hand[optimizer] = (at, UNSCALED)
 
@@ -202,6 +220,46 @@ class Ledger:
             for param in parameters(optimizer):
                 self._records.pop(id(param), None)
 
+    def discard(self, loss_id: int) -> None:
+        """Drops what a loss has made since its scale last moved, as if it had not been: what was set aside returns."""
+        self._close_pass()
+        self._expand()
+        for key, record in list(self._records.items()):
+            param = record.param()
+            if param is None or param.grad is None or not record.holds(param, param.grad):
+                continue
+            record.aside = [(old, grad) for old, grad in record.aside if old.loss_id != loss_id or old.counted]
+            if record.label is None or record.label.loss_id != loss_id or record.label.counted:
+                continue
+            if record.blank:
+                param.grad.detach().zero_()
+                record.note(param.grad, ZEROS, spent=True)
+                continue
+            param.grad = None
+            if record.aside:
+                _restore(param, record)
+            else:
+                del self._records[key]
+
+    def edited(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether somebody has written a gradient since it was noted, or put another in its place."""
+        self._expand()
+        for param in parameters(optimizer):
+            record, grad = self._records.get(id(param)), param.grad
+            if grad is not None and (
+                record is None or not record.holds(param, grad) or record.version != grad._version
+            ):
+                return True
+        return False
+
+    def forget_edited(self, optimizer: torch.optim.Optimizer) -> None:
+        """The gradients have been stepped: who writes one from here on drops what else was pending on its parameter."""
+        self._expand()
+        for param in parameters(optimizer):
+            record = self._records.get(id(param))
+            if record is not None:
+                record.spent = True
+
     def _forget_aside(self, param: Tensor) -> Record:
         record = self._record(param)
         record.forget_aside()
@@ -266,7 +324,8 @@ class Ledger:
                     f"the gradient of loss {local[0].loss_id} on {self._name_of(param)} was accumulated under "
                     "no_sync() and set aside when another loss or another scale followed, so it is this rank's alone, "
                     "while others are averaged over all ranks. Let the last backward pass of each loss run outside "
-                    "of no_sync(), and call scaler.update() only between whole accumulations."
+                    "of no_sync(), and call scaler.update() only between whole accumulations; with "
+                    "amp.scale_loss, give all but the last delay_unscale=True."
                 )
 
     def _set_aside(self, label: Label) -> None:
@@ -277,9 +336,12 @@ class Ledger:
             waiting = [param for param in parameters(optimizer) if param.grad is not None]
             pending += [(p, self._label_of(p, default), self._pending(p, default)) for p in waiting]
         for param, own, labelled in pending:
-            if not labelled or own in (label, ZEROS):
+            if not labelled or own is label:
                 continue
             record = self._record(param)
+            record.blank = own is ZEROS
+            if record.blank:
+                continue
             kept = next((grad for old, grad in labelled if old is label), None)
             record.set_aside([(old, grad) for old, grad in labelled if old is not label], kept, layout.MAX_SOURCES)
             param.grad = kept
@@ -299,11 +361,7 @@ class Ledger:
             if param.grad is not None:
                 record.reached(param.grad, label, local=key in local)
             elif record.aside:
-                old, grad = record.restore()
-                if grad.dtype != param.dtype:
-                    param.grad_dtype = None  # an fp16 parameter may then hold an FP32 gradient
-                param.grad = grad
-                record.note(grad, old)
+                _restore(param, record)
             if param.grad is None or (not all_recorded and not record.aside and record.label is label):
                 del self._records[key]
 
@@ -314,6 +372,8 @@ class Ledger:
             grad = None if param is None else param.grad
             if param is None or grad is None or not record.holds(param, grad):
                 del self._records[key]
+            elif record.aside and grad._version != record.version and (record.spent or self._was_zeroed(grad)):
+                record.forget_aside()
             elif record.aside and grad._version != record.version:
                 raise RuntimeError(
                     f"the gradient of {self._name_of(param)} was edited while gradients of {len(record.aside) + 1} "
@@ -321,6 +381,9 @@ class Ledger:
                     "zero_grad(set_to_none=True), or optimizer.zero_grad(). To clip or edit the sum: "
                     "scaler.unscale_(optimizer) first."
                 )
+
+    def _was_zeroed(self, grad: Tensor) -> bool:
+        return self.zeros_drop and not bool(grad.any())  # one sync, where several gradients were pending
 
     def _close_pass(self) -> None:
         running = self._pass()
@@ -330,6 +393,15 @@ class Ledger:
     def _watched(self) -> Iterator[Tensor]:
         for optimizer in self.optimizers:
             yield from parameters(optimizer)
+
+
+def _restore(param: Tensor, record: Record) -> None:
+    """Puts what was set aside last back into `.grad`."""
+    label, grad = record.restore()
+    if grad.dtype != param.dtype:
+        param.grad_dtype = None  # an fp16 parameter may then hold an FP32 gradient
+    param.grad = grad
+    record.note(grad, label)
 
 
 def parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

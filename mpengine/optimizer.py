@@ -356,12 +356,17 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
             )
         scaler.watch(self)
 
-    def _unscale(self) -> None:
-        """`scaler.unscale_`: the unscaled FP32 sum becomes `.grad` of masters and parameters."""
+    def _unscale(self, ballots: list[Ballot] | None = None) -> None:
+        """`scaler.unscale_`: the unscaled FP32 sum becomes `.grad` of masters and parameters.
+
+        Args:
+            ballots: What the votes are cast about; None: what the scaler says of these gradients.
+        """
         assert self._scaler is not None
         execution = self._ready()
         pending = self._checked(self._gather())
-        ballots = self._scaler._ballots(self._scaler._state(self), pending)
+        if ballots is None:
+            ballots = self._scaler._ballots(self._scaler._state(self), pending)
         execution.inspect(pending, ballots)
         grads = execution.unscaled(pending.active, clipped=False)
         execution.cast_votes(self._scaler._vote_row(self), ballots)
