@@ -13,9 +13,12 @@ from torch import Tensor
 
 from mpengine.rules import adam, lamb, sgd
 from mpengine.rules.adam import ADAM, ADAM_AMSGRAD
+from mpengine.rules.arithmetic import power, sqrt_rn
 from mpengine.rules.declaration import Family, Kernels, Numbers, Rule, Slots
+from mpengine.rules.declared import declare
+from mpengine.rules.hyperparameters import Hyperparameter
 from mpengine.rules.lamb import LAMB
-from mpengine.rules.own import Hyperparameter, RuleOptimizer, declare
+from mpengine.rules.own import RuleOptimizer
 from mpengine.rules.sgd import SGD, SGD_MOMENTUM
 
 __all__ = [
@@ -33,6 +36,8 @@ __all__ = [
     "RuleOptimizer",
     "declare",
     "family_of",
+    "power",
+    "sqrt_rn",
 ]
 
 
