@@ -67,6 +67,13 @@ ORDER = [
     "capturable",
     "graphs",
     "precision",
+    "testing.functions",
+    "testing.side_by_side",
+    "testing.training",
+    "testing.ranges",
+    "testing.equations",
+    "testing.checking",
+    "testing",
     "amp",
     "integrations.lightning",
     "integrations.accelerate",
@@ -77,7 +84,7 @@ ORDER = [
 def modules():
     """Every module but the kernels and the integrations; a package has the name of its folder."""
     found = {}
-    for path in [*PACKAGE.glob("*.py"), *(PACKAGE / "rules").glob("*.py")]:
+    for path in [*PACKAGE.glob("*.py"), *(PACKAGE / "rules").glob("*.py"), *(PACKAGE / "testing").glob("*.py")]:
         name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
         if name:
             found[name] = path
