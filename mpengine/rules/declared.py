@@ -120,10 +120,8 @@ def _check_twins(name: str, kernels: Kernels, needed: Mapping[str, Any]) -> None
     for kind, function in {"update": True, **needed}.items():
         twin = getattr(kernels, kind)
         if (twin is not None) != bool(function):
-            raise ValueError(
-                f"rule '{name}' has {'a' if function else 'no'} {kind} and {'no' if twin is None else 'a'} Triton twin "
-                f"of it: give kernels=Kernels({kind}=...) exactly what the rule has."
-            )
+            what = f"has {kind}, and no" if function else f"has no {kind}, but a"
+            raise ValueError(f"rule '{name}' {what} Triton twin of it: give Kernels(...) exactly what the rule has.")
         if twin is not None and not hasattr(twin, "arg_names"):
             raise TypeError(f"the Triton twin {kind} of rule '{name}' is {twin!r}; put @triton.jit above it.")
 

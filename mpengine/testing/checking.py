@@ -11,11 +11,22 @@ import torch
 
 from mpengine import backend, cpu
 from mpengine.rules import BUILT_IN, Rule, RuleOptimizer
-from mpengine.testing import side_by_side, training
 from mpengine.testing.equations import Expected, deviation
 from mpengine.testing.functions import check_functions
 from mpengine.testing.ranges import check_ranges
-from mpengine.testing.training import Make, checked, flip, flipped
+from mpengine.testing.side_by_side import STEPS, TENSORS, compare
+from mpengine.testing.training import (
+    Make,
+    check_clipping,
+    check_groups,
+    check_moves,
+    check_prepared,
+    check_saving,
+    check_schedule,
+    checked,
+    flip,
+    flipped,
+)
 
 _CPU = torch.device("cpu")
 
@@ -87,11 +98,11 @@ def check_rule(
 
     check_functions(optimizer)
     passed.append("functions: well formed, element by element and tensor by tensor")
-    training.check_moves(make)
+    check_moves(make)
     passed.append("movement: weights move, by their gradients")
 
     _check_path(optimizer, cpu, _CPU)
-    extent = f"{side_by_side.STEPS} steps of {len(side_by_side.TENSORS)} tensors, bit for bit"
+    extent = f"{STEPS} steps of {len(TENSORS)} tensors, bit for bit"
     passed.append(f"paths: reference = CPU path, {extent}")
     _check_training(make, _CPU, contextlib.nullcontext)
     _check_storing(make, _CPU)
@@ -127,8 +138,8 @@ def check_rule(
 
 
 def _check_path(optimizer: RuleOptimizer, module: ModuleType, device: torch.device) -> None:
-    side_by_side.compare(optimizer, module, device)
-    _must_fail("comparison of the paths", lambda: side_by_side.compare(optimizer, module, device, change=flip))
+    compare(optimizer, module, device)
+    _must_fail("comparison of the paths", lambda: compare(optimizer, module, device, change=flip))
 
 
 def _check_training(
@@ -136,16 +147,16 @@ def _check_training(
 ) -> None:
     backwards = flipped(make)
     with context():
-        training.check_prepared(make, device)
-        _must_fail("comparison with the prepared optimizer", lambda: training.check_prepared(make, device, backwards))
-        training.check_clipping(make, device)
-        training.check_schedule(make, device)
+        check_prepared(make, device)
+        _must_fail("comparison with the prepared optimizer", lambda: check_prepared(make, device, backwards))
+        check_clipping(make, device)
+        check_schedule(make, device)
 
 
 def _check_storing(make: Make, device: torch.device) -> None:
     """What is done on the host alone, and so but once on a CPU."""
-    training.check_groups(make, device)
-    training.check_saving(make, device)
+    check_groups(make, device)
+    check_saving(make, device)
 
 
 def _must_fail(what: str, check: Callable[[], object]) -> None:
