@@ -60,9 +60,19 @@ class Hyperparameter:
             if not isinstance(value, (tuple, list)) or len(value) != self.width:
                 raise ValueError(f"{name}{where} is {value!r}; it must be {self.width} numbers, as {self.default}.")
             for i, each in enumerate(value):
-                self._check_number(f"{name}[{i}]{where}", each)
-        else:
+                if type(each) is not float or not self._allows(each):
+                    self._check_number(f"{name}[{i}]{where}", each)
+        elif type(value) is not float or not self._allows(value):
             self._check_number(name + where, value)
+
+    def _allows(self, value: float) -> bool:
+        return (
+            -math.inf < value < math.inf
+            and (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        )
 
     def _check_number(self, name: str, value: Any) -> None:
         if isinstance(value, Tensor) and value.numel() == 1:
@@ -71,13 +81,7 @@ class Hyperparameter:
             value = value.item()
         if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
             raise TypeError(f"{name} is {value!r}; it must be a number.")
-        if not (
-            math.isfinite(value)
-            and (self.at_least is None or value >= self.at_least)
-            and (self.above is None or value > self.above)
-            and (self.at_most is None or value <= self.at_most)
-            and (self.below is None or value < self.below)
-        ):
+        if not self._allows(float(value)):
             bounds = ("at_least", "above", "at_most", "below")
             given = [f"{bound.replace('_', ' ')} {getattr(self, bound):g}" for bound in bounds if self._has(bound)]
             raise ValueError(f"{name} is {value!r}; it must be {' and '.join(['finite', *given])}.")

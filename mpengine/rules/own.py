@@ -55,10 +55,11 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def check_group(self, group: Mapping[str, Any], index: int) -> None:
         """Raises TypeError or ValueError, by name, where a hyperparameter of a param group is missing or cannot be."""
+        where = f" of group {index}"
         for name, hyperparameter in self.hyperparameters.items():
             if name not in group:
                 raise ValueError(f"group {index} of this {type(self).__name__} has no {name}; set it there.")
-            hyperparameter.check(name, group[name], f" of group {index}")
+            hyperparameter.check(name, group[name], where)
 
     def check_groups(self) -> None:
         """Raises where users or schedulers set a hyperparameter in `param_groups` to what it cannot be."""

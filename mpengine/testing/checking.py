@@ -17,6 +17,7 @@ from mpengine.testing.ranges import check_ranges
 from mpengine.testing.side_by_side import STEPS, TENSORS, compare
 from mpengine.testing.training import (
     Make,
+    check_by_itself,
     check_clipping,
     check_groups,
     check_moves,
@@ -36,7 +37,7 @@ class RuleReport:
     """What `check_rule` has done. Printed, it says so in lines.
 
     Attributes:
-        optimizer: The class's name.
+        optimizer: The class's name, and the hyperparameters that were tested.
         passed: What ran, each with its extent; all of it passed.
         not_run: What did not run, each with the reason.
     """
@@ -68,7 +69,7 @@ def check_rule(
     training     by itself = prepared; an overflow, max_grad_norm, param groups, save and resume, pickling, a schedule
     bounds       values beyond them are refused by name, before anything changes
     equations    the paper's, in float64, as `expected` has them
-    itself       each comparison fails where the update goes in the other direction
+    itself       the comparisons of paths, of training and of equations fail where the update goes the other way
     ```
 
     Args:
@@ -122,7 +123,8 @@ def check_rule(
             not_run.append("compiled Triton kernels: there is no GPU")
         else:
             _check_storing(make, where)
-            passed.append("groups, saving, pickling: on the GPU")
+            check_by_itself(make, where)
+            passed.append("training on the GPU: groups, saving, pickling; by itself as on a CPU")
 
     passed.append(f"bounds: {check_ranges(make)} values beyond them refused")
 
@@ -133,8 +135,10 @@ def check_rule(
         _must_fail("comparison with expected", lambda: deviation(flipped(make), expected, steps, tolerance))
         beyond = f"the rounding of the weights and {far:.1e} of their way" if far else "the rounding of the weights"
         passed.append(f"equations: within {beyond} in {steps} steps")
-    passed.append("itself: each comparison fails with the update's sign flipped")
-    return RuleReport(type(optimizer).__name__, tuple(passed), tuple(not_run))
+    compared = "paths, by itself = prepared" + (", equations" if expected is not None else "")
+    passed.append(f"itself: {compared} fail with the update's sign flipped")
+    tested = ", ".join(f"{name}={optimizer.defaults[name]}" for name in optimizer.hyperparameters)
+    return RuleReport(f"{type(optimizer).__name__} with {tested}", tuple(passed), tuple(not_run))
 
 
 def _check_path(optimizer: RuleOptimizer, module: ModuleType, device: torch.device) -> None:

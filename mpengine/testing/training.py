@@ -19,6 +19,7 @@ from mpengine.optimizer import MixedPrecisionOptimizer
 from mpengine.rules import Rule, RuleOptimizer
 
 Make = Callable[[Iterable[Any]], torch.optim.Optimizer]
+_CPU = torch.device("cpu")
 _SHAPES = ((), (0,), (5,), (19, 7), (2, 3, 4, 5))  # the last is channels_last
 _CLIP = 0.25
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -27,14 +28,14 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 class Alone:
     """The optimizer by itself, on FP32 weights."""
 
-    def __init__(self, make: Make, values: list[Tensor] | None = None) -> None:
-        self.params = [torch.nn.Parameter(value.clone()) for value in values or _values()]
+    def __init__(self, make: Make, values: list[Tensor] | None = None, device: torch.device = _CPU) -> None:
+        self.params = [torch.nn.Parameter(value.to(device, copy=True)) for value in values or _values()]
         self.optimizer = checked(make(self.params))
 
     def step(self, grads: list[Tensor]) -> None:
         """Steps on true gradients, FP32."""
         for param, grad in zip(self.params, grads, strict=True):
-            param.grad = grad.clone()
+            param.grad = grad.to(param.device, copy=True)
         self.optimizer.step()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -136,6 +137,15 @@ def check_moves(make: Make) -> None:
         raise AssertionError(
             f"{differ} of {len(start)} weights differ after 3 steps on other gradients: the update ignores them."
         )
+
+
+def check_by_itself(make: Make, device: torch.device) -> None:
+    """By itself the optimizer is the same on `device` as on a CPU."""
+    here, there = Alone(make), Alone(make, device=device)
+    for k in range(3):
+        here.step(grads_of(k))
+        there.step(grads_of(k))
+        same(f"step {k}: by itself on a CPU, and on {device}", here.tensors(), there.tensors())
 
 
 def check_prepared(make: Make, device: torch.device, alone: Make | None = None) -> None:
