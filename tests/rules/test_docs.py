@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from mpengine.kernels import layout
+
 PAGE = Path(__file__).parents[2] / "docs" / "write-a-rule.md"
 
 
@@ -31,3 +33,9 @@ def test_the_pages_python_runs(capsys, tmp_path, monkeypatch):
     assert module.losses[-1] < 0.5 * module.losses[0]
     assert "torch.float32" in printed
     assert "betas[1] of group 0 is 1.0; it must be finite and at least 0 and below 1." in printed
+
+
+def test_the_page_knows_how_much_room_there_is():
+    text = PAGE.read_text()
+    rooms = layout.HYPER, layout.SCALARS, layout.MAX_SLOTS, layout.NORMS, layout.MAX_CELLS
+    assert [int(number) for number in re.findall(r"at most (\d+)", text.split("### Bounds")[0])][-5:] == list(rooms)
