@@ -14,6 +14,7 @@ setup(
         "mpengine.kernels",
         "mpengine.kernels.rules",
         "mpengine.rules",
+        "mpengine.testing",
     ],
     package_dir={"mpengine.kernels": "kernels"},
     package_data={"mpengine": ["py.typed"]},

@@ -52,6 +52,7 @@ def _settle_kernel(
         cells = cells + (tl.load(cell_ptrs[j]).to(tl.float64),)
 
     scalars, cells = SETTLE(scalars, norms, cells)
+    tl.static_assert(len(scalars) <= SCALARS, "a rule settles more scalars than layout.SCALARS")
 
     tl.debug_barrier()  # every warp has read what is overwritten now
     for j in tl.static_range(len(scalars)):

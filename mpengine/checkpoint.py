@@ -72,10 +72,7 @@ def load(optimizer: MixedPrecisionOptimizer, state_dict: dict[str, Any]) -> None
         replaced = pre_hook(optimizer, state_dict)
         state_dict = state_dict if replaced is None else replaced
     state_by_param = saved_state.matched(optimizer, state_dict)
-    groups = [
-        saved_state.complete(optimizer, own, saved)
-        for own, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True)
-    ]
+    groups = [saved_state.complete(optimizer, index, saved) for index, saved in enumerate(state_dict["param_groups"])]
     for group in groups:
         for param in group["params"]:
             saved_state.check(optimizer, param, state_by_param[param], group)

@@ -17,7 +17,7 @@ from mpengine.grad_scaler import GradScaler
 from mpengine.gradients import Label, parameters
 from mpengine.kernels import layout
 from mpengine.labels import Labelled, Pending
-from mpengine.rules import family_of
+from mpengine.rules import RuleOptimizer, family_of
 from mpengine.sources import Ballot
 from mpengine.tally import Tally
 from mpengine.timetable import Timetable
@@ -251,6 +251,7 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        numbers = self._numbers()  # which may be refused
         state = None if scaler is None else scaler._begin_step(self)
         execution = self._ready()
         pending = self._gather()
@@ -271,7 +272,7 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
         # From torch.amp.GradScaler, or what unscale_ found: a gradient that was repaired since does not undo the skip.
         found_inf = getattr(self, "found_inf", None) if state is None else next(iter(state.found_inf.values()), None)
         execution.inspect(pending, ballots, columns)
-        execution.decide(*self._numbers(), self._family, found_inf, votes)
+        execution.decide(*numbers, self._family, found_inf, votes)
         if self._family is not None:
             execution.update()
         elif not execution.skipped:
@@ -288,6 +289,8 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
     def _numbers(self) -> tuple[list[list[Any]], float]:
         """The hyperparameters of each group, and the norm that the gradient is clipped to."""
         family = self._family
+        if isinstance(self._inner, RuleOptimizer):
+            self._inner.check_groups()
         hyper = [[0.0]] if family is None else [list(family.hyperparameters(group)) for group in self.param_groups]
         return hyper, self._max_grad_norm or math.inf
 
@@ -419,6 +422,8 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
             if steps is None:
                 raise ValueError("schedule needs steps=: how many steps of the scheduler to lay out.")
             unrolled = unroll(self.param_groups, self.defaults, make_scheduler, steps)
+            if isinstance(self._inner, RuleOptimizer):
+                self._inner.check_schedule(unrolled.columns)
             timetable = Timetable(unrolled, start, self.param_groups, self._family)
         self._keep_counts()
         self._timetable = timetable

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mpengine.gradients import parameters
+from mpengine.rules import RuleOptimizer
 
 if TYPE_CHECKING:
     from mpengine.optimizer import MixedPrecisionOptimizer
@@ -69,9 +70,9 @@ def extra(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     return found
 
 
-def complete(optimizer: MixedPrecisionOptimizer, own: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+def complete(optimizer: MixedPrecisionOptimizer, index: int, saved: Mapping[str, Any]) -> dict[str, Any]:
     """The group to load: the saved one around our parameters. What an older torch did not know keeps its default."""
-    defaults, kind = optimizer._inner.defaults, type(optimizer._inner).__name__
+    own, defaults, kind = optimizer.param_groups[index], optimizer._inner.defaults, type(optimizer._inner).__name__
     missing = [
         key for key, default in defaults.items() if key not in saved and default is not None and default is not False
     ]
@@ -84,6 +85,8 @@ def complete(optimizer: MixedPrecisionOptimizer, own: Mapping[str, Any], saved: 
     group = {**defaults, **names, **copy.deepcopy({**saved, "params": []}), "params": own["params"]}
     if optimizer._family is not None:
         try:
+            if isinstance(optimizer._inner, RuleOptimizer):
+                optimizer._inner.check_group(group, index)
             [float(number) for number in optimizer._family.hyperparameters(group)]
         except (TypeError, ValueError, RuntimeError) as error:
             shown = {key: group[key] for key in defaults}

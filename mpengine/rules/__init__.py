@@ -15,10 +15,13 @@ from mpengine.rules import adadelta, adagrad, adam, lamb, lion, rmsprop, sgd
 from mpengine.rules.adadelta import ADADELTA
 from mpengine.rules.adagrad import ADAGRAD
 from mpengine.rules.adam import ADAM, ADAM_AMSGRAD
+from mpengine.rules.arithmetic import power, sqrt_rn
 from mpengine.rules.declaration import Family, Kernels, Numbers, Rule, Slots
+from mpengine.rules.declared import declare
+from mpengine.rules.hyperparameters import Hyperparameter
 from mpengine.rules.lamb import LAMB
 from mpengine.rules.lion import LION
-from mpengine.rules.own import Hyperparameter, RuleOptimizer, declare
+from mpengine.rules.own import RuleOptimizer
 from mpengine.rules.rmsprop import RMSPROP, RMSPROP_CENTERED, RMSPROP_CENTERED_MOMENTUM, RMSPROP_MOMENTUM
 from mpengine.rules.sgd import SGD, SGD_MOMENTUM
 
@@ -45,6 +48,8 @@ __all__ = [
     "RuleOptimizer",
     "declare",
     "family_of",
+    "power",
+    "sqrt_rn",
 ]
 
 

@@ -32,4 +32,8 @@ def lerp(start: Tensor, end: Tensor, weight: float) -> Tensor:
 
 def sqrt_rn(x: Tensor) -> Tensor:
     """The correctly rounded FP32 square root (torch's own, on a CPU, is not)."""
-    return torch.from_numpy(np.sqrt(x.numpy())) if x.device.type == "cpu" else torch.sqrt(x)
+    if x.device.type != "cpu":
+        return torch.sqrt(x)
+    root = torch.empty_like(x)  # NumPy by itself would return a number where x has no dimension
+    np.sqrt(x.numpy(), out=root.numpy())
+    return root

@@ -1,12 +1,9 @@
-"""Optimizers that a rule makes: mpengine's own, and those that users declare."""
+"""`RuleOptimizer`: an optimizer that a rule makes, mpengine's own and those that users declare."""
 
 from __future__ import annotations
 
-import inspect
 import math
-import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,78 +11,26 @@ import torch
 from torch import Tensor
 
 from mpengine.kernels import layout
-from mpengine.rules.declaration import Columns, Family, Kernels, Measure, Rule, Scalars, Settle, Update
-
-_REQUIRED = inspect.Parameter.empty
-
-
-@dataclass(frozen=True)
-class Hyperparameter:
-    """A number of every param group, or a tuple of numbers, or a flag.
-
-    Attributes:
-        default: What it is where the user gives none; of a tuple its length, of a flag (bool) its type. Left out: the
-            user has to give it.
-        at_least: The smallest value, None for no bound; so
-        above: the largest value that it must exceed,
-        at_most: the largest value,
-        below: and the smallest value that it must not reach.
-    """
-
-    default: Any = _REQUIRED
-    at_least: float | None = None
-    above: float | None = None
-    at_most: float | None = None
-    below: float | None = None
-
-    def check(self, name: str, value: Any) -> None:
-        """Raises TypeError or ValueError, with the bounds, where `value` cannot be this hyperparameter."""
-        if isinstance(self.default, bool):
-            if not isinstance(value, bool):
-                raise TypeError(f"{name} is {value!r}; it must be True or False.")
-            return
-        if isinstance(self.default, tuple):
-            if not isinstance(value, (tuple, list)) or len(value) != len(self.default):
-                raise ValueError(f"{name} is {value!r}; it must be {len(self.default)} numbers, as {self.default}.")
-            for i, each in enumerate(value):
-                self._check_number(f"{name}[{i}]", each)
-            return
-        self._check_number(name, value)
-
-    def _check_number(self, name: str, value: Any) -> None:
-        if isinstance(value, Tensor) and value.numel() == 1:
-            if value.device.type != "cpu":
-                return  # a capturable one: to read it would wait for the device
-            value = value.item()
-        if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
-            raise TypeError(f"{name} is {value!r}; it must be a number.")
-        bounds = (
-            ("at least", self.at_least, lambda bound: value >= bound),
-            ("above", self.above, lambda bound: value > bound),
-            ("at most", self.at_most, lambda bound: value <= bound),
-            ("below", self.below, lambda bound: value < bound),
-        )
-        given = [(word, bound, holds) for word, bound, holds in bounds if bound is not None]
-        if not math.isfinite(value) or not all(holds(bound) for _, bound, holds in given):
-            wanted = " and ".join(f"{word} {bound:g}" for word, bound, _ in given) or "finite"
-            raise ValueError(f"{name} is {value!r}; it must be {wanted}.")
+from mpengine.rules.declaration import Columns, Family
+from mpengine.rules.hyperparameters import Hyperparameter
 
 
 class RuleOptimizer(torch.optim.Optimizer):
     """An optimizer that a rule makes. `mpengine.prepare` steps it in the fused pass; by itself it steps FP32 weights.
 
-    By itself it is the reference, tensor after tensor, as torch's for-loop optimizers are.
+    By itself it is the reference, tensor after tensor, as torch's for-loop optimizers are. `step` must stay what it is
+    in a subclass that is to run in the fused pass.
 
     Attributes:
         family: Its rules.
-        hyperparameters: What each param group may hold.
+        hyperparameters: What each param group holds.
 
     Args:
         params: As of any torch optimizer: FP32 ones, unless the optimizer is prepared.
-        defaults: The hyperparameters of groups that have none of their own.
+        defaults: The hyperparameters of groups that have none of their own; all of them.
 
     Raises:
-        TypeError: A hyperparameter is of another type.
+        TypeError: A hyperparameter is of another type, missing, or not one of this optimizer.
         ValueError: It is out of its bounds.
     """
 
@@ -93,16 +38,71 @@ class RuleOptimizer(torch.optim.Optimizer):
     hyperparameters: ClassVar[Mapping[str, Hyperparameter]]
 
     def __init__(self, params: Iterable[Any], defaults: Mapping[str, Any]) -> None:
+        if set(defaults) != set(self.hyperparameters):
+            raise TypeError(
+                f"{type(self).__name__} was given the hyperparameters {sorted(defaults)}; it has "
+                f"{sorted(self.hyperparameters)}."
+            )
         for name, value in defaults.items():
             self.hyperparameters[name].check(name, value)
         super().__init__(params, dict(defaults))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, once its hyperparameters are checked."""
-        for name, value in param_group.items():
-            if name in self.hyperparameters:
-                self.hyperparameters[name].check(f"{name} of group {len(self.param_groups)}", value)
+        """Adds a group, once its hyperparameters are checked; those that it lacks are the defaults."""
+        if isinstance(param_group, dict):  # what else it may be, torch refuses
+            self.check_group({**self.defaults, **param_group}, len(self.param_groups))
         super().add_param_group(param_group)
+
+    def check_group(self, group: Mapping[str, Any], index: int) -> None:
+        """Raises TypeError or ValueError, by name, where a hyperparameter of a param group is missing or cannot be."""
+        where = f" of group {index}"
+        for name, hyperparameter in self.hyperparameters.items():
+            if name not in group:
+                raise ValueError(f"group {index} of this {type(self).__name__} has no {name}; set it there.")
+            hyperparameter.check(name, group[name], where)
+
+    def check_groups(self) -> None:
+        """Raises where users or schedulers set a hyperparameter in `param_groups` to what it cannot be."""
+        for index, group in enumerate(self.param_groups):
+            self.check_group(group, index)
+
+    def check_schedule(self, columns: Mapping[str, np.ndarray]) -> None:
+        """Raises where a scheduled hyperparameter leaves its bounds.
+
+        Args:
+            columns: By name [steps, groups], or [steps, groups, n] where it is a tuple of n.
+        """
+        for name, column in columns.items():
+            if name not in self.hyperparameters:
+                continue
+            for extreme in (column.min(axis=(0, 1)), column.max(axis=(0, 1))):
+                value = tuple(extreme) if extreme.ndim else float(extreme)
+                self.hyperparameters[name].check(name, value, " of the schedule")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of pickling, copying and `load_state_dict`: takes the state as a whole, or refuses it."""
+        for index, group in enumerate(state["param_groups"]):
+            self.check_group(group, index)
+            for i, param in enumerate(group["params"]):
+                self._check_state(group, _shown(group, index, i), param, state["state"].get(param, {}))
+        super().__setstate__(state)
+
+    def _check_state(self, group: Mapping[str, Any], name: str, param: Tensor, own: Mapping[str, Any]) -> None:
+        rule = self.family.variant(group)
+        shapes = {**dict.fromkeys(rule.slots, param.shape), **dict.fromkeys(rule.cells, torch.Size())}
+        for key, shape in shapes.items() if own else ():
+            value = own.get(key)
+            if not isinstance(value, Tensor) or value.shape != shape:
+                what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"the value {value!r:.40}"
+                raise ValueError(
+                    f"the {key} of {name} has {what} in the state; {type(self).__name__} keeps a tensor of shape "
+                    f"{tuple(shape)}. Load a state of the same model and optimizer."
+                )
+            if value.dtype != torch.float32:
+                raise ValueError(
+                    f"the {key} of {name} would be loaded as {value.dtype}, the parameter's type, and lose bits: load "
+                    "the state into what mpengine.prepare returns."
+                )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -115,36 +115,58 @@ class RuleOptimizer(torch.optim.Optimizer):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: A parameter is not FP32, or a gradient not dense; nothing is changed.
+            TypeError: A hyperparameter was set to what it cannot be; nothing is changed, as below.
+            ValueError: Likewise.
+            RuntimeError: A parameter is not FP32, or a gradient not dense.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        stepped = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        for _, param in stepped:
-            if param.dtype != torch.float32 or param.grad.layout is not torch.strided:
-                raise RuntimeError(
-                    f"{type(self).__name__} by itself steps FP32 parameters with dense gradients; one of shape "
-                    f"{tuple(param.shape)} is {param.dtype}, its gradient {param.grad.layout}. Give a fp16 model's "
-                    "optimizer to mpengine.prepare(model, optimizer, scaler)."
-                )
-        clip = self._clip([param.grad for _, param in stepped])
-        for group, param in stepped:
-            self._step_one(group, param, param.grad.float() * clip)
+        self.check_groups()
+        stepped = []
+        for index, group in enumerate(self.param_groups):
+            for i, param in enumerate(group["params"]):
+                if param.grad is not None:
+                    _check_steppable(type(self).__name__, _shown(group, index, i), param)
+                    stepped.append((group, param))
+        with np.errstate(all="ignore"):
+            clip = self._clip([param.grad for _, param in stepped])
+            for group, param in stepped:
+                self._step_one(group, param, param.grad.float() * clip)
         return loss
 
     def _clip(self, grads: list[Tensor]) -> float:
-        """The factor on every gradient, where the optimizer clips by itself."""
+        """The factor on every gradient, as `decide` has it, where the optimizer clips by itself."""
         limit = self.defaults.get("max_grad_norm")
         if not limit or not grads:
             return 1.0
-        norm = torch.nn.utils.get_total_norm(grads)
-        return float((limit / (norm + 1e-6)).clamp(max=1.0))
+        norm = np.float32(math.sqrt(sum(float(g.float().square().sum(dtype=torch.float64)) for g in grads)))
+        quotient = np.float32(limit) / (norm + np.float32(1e-6))
+        return 1.0 if quotient > 1.0 else float(quotient)
 
     def _step_one(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> None:
-        rule, state = self.family.variant(group), self.state[param]
-        initial = self.family.initial(group)
+        rule, p = self.family.variant(group), param.detach()
+        state = self._state_of(group, param)
+        state["step"] += 1
+        slots = tuple(state[name] for name in rule.slots)
+        c = _rounded(self.family.scalars(self._row(group), np.array([int(state["step"])])))
+        if rule.settle is not None:
+            measured = () if rule.measure is None else rule.measure(p, grad, slots, c)
+            norms = [np.sqrt(np.array([float((x * x).sum(dtype=torch.float64))])) for x in measured]
+            cells = [np.array([float(state[name])]) for name in rule.cells]
+            settled, new_cells = rule.settle([np.array([x]) for x in c], norms, cells)
+            c[: len(settled)] = _rounded(settled)
+            for name, cell in zip(rule.cells, _rounded(new_cells), strict=True):
+                state[name].fill_(cell)
+        stepped, new_slots = rule.update(p, grad, slots, c)
+        param.copy_(stepped)
+        for slot, new in zip(slots, new_slots, strict=True):
+            slot.copy_(new)
+
+    def _state_of(self, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
+        """The parameter's state, made where there is none yet."""
+        rule, state, initial = self.family.variant(group), self.state[param], self.family.initial(group)
         state.setdefault("step", torch.zeros(()))
         for name in rule.slots:
             if name not in state:
@@ -152,21 +174,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         for name in rule.cells:
             if name not in state:
                 state[name] = torch.full((), initial.get(name, 0.0), device=param.device)
-        state["step"] += 1
-        slots = tuple(state[name] for name in rule.slots)
-        c = _rounded(self.family.scalars(self._row(group), np.array([int(state["step"])])))
-        if rule.settle is not None:
-            measured = () if rule.measure is None else rule.measure(param, grad, slots, c)
-            norms = [np.sqrt(np.array([float((x * x).sum(dtype=torch.float64))])) for x in measured]
-            cells = [np.array([float(state[name])]) for name in rule.cells]
-            settled, new_cells = rule.settle([np.array([x]) for x in c], norms, cells)
-            c = _rounded(settled)
-            for name, (value,) in zip(rule.cells, new_cells, strict=True):
-                state[name].fill_(float(value))
-        value, new_slots = rule.update(param.detach(), grad, slots, c)
-        param.copy_(value)
-        for slot, new in zip(slots, new_slots, strict=True):
-            slot.copy_(new)
+        return state
 
     def _row(self, group: Mapping[str, Any]) -> np.ndarray:
         row = np.zeros((layout.HYPER, 1))
@@ -175,104 +183,25 @@ class RuleOptimizer(torch.optim.Optimizer):
         return row
 
 
+def _shown(group: Mapping[str, Any], index: int, i: int) -> str:
+    """A parameter in a message: by its name, where the optimizer was given named ones."""
+    if "param_names" in group:
+        return f"parameter '{group['param_names'][i]}'"
+    return f"group {index}, parameter {i} of shape {tuple(group['params'][i].shape)}"
+
+
+def _check_steppable(kind: str, name: str, param: Tensor) -> None:
+    if param.dtype != torch.float32:
+        raise RuntimeError(
+            f"{kind} by itself steps FP32 parameters, and {name} is {param.dtype}: let mpengine.prepare(model, "
+            "optimizer, scaler) cast a FP32 model and keep its masters."
+        )
+    if param.grad is not None and (param.grad.layout is not torch.strided or not param.grad.is_floating_point()):
+        raise RuntimeError(
+            f"the gradient of {name} is {param.grad.layout} and {param.grad.dtype}; {kind} steps dense real ones "
+            "(nn.Embedding(sparse=False))."
+        )
+
+
 def _rounded(columns: Columns) -> list[float]:
     return [float(np.float32(np.ravel(column)[0])) for column in columns]
-
-
-def given(h: np.ndarray, step: np.ndarray) -> Columns:
-    """The hyperparameters as they are: the scalars of a rule that declares none."""
-    return list(h)
-
-
-def declare(
-    name: str,
-    update: Update,
-    *,
-    hyperparameters: Mapping[str, Hyperparameter],
-    slots: tuple[str, ...] = (),
-    scalars: Scalars = given,
-    measure: Measure | None = None,
-    norms: int = 0,
-    settle: Settle | None = None,
-    cells: tuple[str, ...] = (),
-    initial: Mapping[str, float] | None = None,
-    kernels: Kernels | None = None,
-) -> type[RuleOptimizer]:
-    """Makes an optimizer class of one rule: masters, scaling, skipping, clipping, saving and schedules come with it.
-
-    See `Rule` for the functions, and docs/write-a-rule.md for a rule from its paper. `mpengine.testing.check_rule`
-    tests the class.
-
-    Args:
-        name: Of the class; give it the name of the variable that holds it, so that instances can be pickled.
-        update: `(p, g, slots, c) -> (p, slots)`.
-        hyperparameters: Of every param group, in the order in which `scalars` gets them, tuples spread out; "lr" is
-            among them. At most `layout.HYPER` numbers.
-        slots: Names of the rule's state tensors.
-        scalars: `(h, step) -> c`. Left out, `c` are the hyperparameters.
-        measure: `(p, g, slots, c) -> (x, ...)`, for norms of each tensor.
-        norms: How many.
-        settle: `(c, norms, cells) -> (c, cells)`.
-        cells: Names of the rule's numbers for each tensor.
-        initial: What slots and cells hold before the first step, where it is not 0.
-        kernels: The functions' Triton twins. Without them the optimizer runs on a CPU, and by itself anywhere.
-
-    Returns:
-        A subclass of `RuleOptimizer`, constructed as `Class(params, lr=..., ...)`.
-
-    Raises:
-        ValueError: Too many numbers or tensors, no lr, or functions that do not belong together.
-    """
-    width = sum(len(one.default) if isinstance(one.default, tuple) else 1 for one in hyperparameters.values())
-    if "lr" not in hyperparameters or width > layout.HYPER:
-        raise ValueError(
-            f"rule '{name}' declares {width} hyperparameters, {sorted(hyperparameters)}; lr must be one of them, and "
-            f"there is room for {layout.HYPER}."
-        )
-    unknown = sorted(set(initial or {}) - {*slots, *cells})
-    if unknown:
-        raise ValueError(f"rule '{name}' has initial values of {unknown}, which are no slots or cells of it.")
-    rule = Rule(f"{name} (declared)", update, tuple(slots), measure, norms, settle, tuple(cells), kernels)
-    values = dict(initial or {})
-    family = Family(
-        rule.name,
-        lambda group: _flat(group[key] for key in hyperparameters),
-        lambda group: rule,
-        scalars,
-        slots=rule.slots + rule.cells,
-        initial=lambda group: values,
-        kernels=kernels,
-    )
-    module = sys._getframe(1).f_globals.get("__name__", __name__)
-    body = {
-        "__module__": module,
-        "__qualname__": name,
-        "__doc__": update.__doc__,
-        "__init__": _constructor(hyperparameters),
-    }
-    return type(name, (RuleOptimizer,), {**body, "family": family, "hyperparameters": dict(hyperparameters)})
-
-
-def _flat(values: Iterable[Any]) -> tuple[Any, ...]:
-    spread: list[Any] = []
-    for value in values:
-        spread += value if isinstance(value, (tuple, list)) else [float(value) if isinstance(value, bool) else value]
-    return tuple(spread)
-
-
-def _constructor(hyperparameters: Mapping[str, Hyperparameter]) -> Callable[..., None]:
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    wanted = sorted(hyperparameters, key=lambda key: hyperparameters[key].default is not _REQUIRED)
-    signature = inspect.Signature(
-        [inspect.Parameter("self", kind), inspect.Parameter("params", kind)]
-        + [inspect.Parameter(key, kind, default=hyperparameters[key].default) for key in wanted]
-    )
-
-    def __init__(self: RuleOptimizer, *args: Any, **kwargs: Any) -> None:
-        bound = signature.bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        _, params, *values = bound.arguments.values()
-        RuleOptimizer.__init__(self, params, dict(zip(wanted, values, strict=True)))
-
-    __init__.__signature__ = signature  # type: ignore[attr-defined]
-    return __init__
