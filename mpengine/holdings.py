@@ -99,7 +99,7 @@ def _fits(tensor: Any, like: Tensor) -> bool:
 def _forget_unfilled(optimizer: MixedPrecisionOptimizer, params: list[Tensor], family: Family, rule: Rule) -> None:
     """Drops state that the rule does not keep and no step has filled: momentum set to 0 before the first step."""
     for param in params:
-        for name in set(family.slots).difference(rule.slots).intersection(optimizer.state.get(param, {})):
+        for name in set(family.slots).difference(rule.slots, rule.cells).intersection(optimizer.state.get(param, {})):
             if int(optimizer._steps[param]) == 0:
                 del optimizer.state[param][name]
 

@@ -21,6 +21,12 @@ FUSED = {
     ),
     "adam": lambda params, **kw: torch.optim.Adam(params, **{"lr": 0.01, "foreach": False, **kw}),
     "adamw": lambda params, **kw: torch.optim.AdamW(params, **{"lr": 0.01, "amsgrad": True, "foreach": False, **kw}),
+    "nadam": lambda params, **kw: torch.optim.NAdam(
+        params, **{"lr": 0.01, "weight_decay": 0.01, "foreach": False, **kw}
+    ),
+    "radam": lambda params, **kw: torch.optim.RAdam(
+        params, **{"lr": 0.01, "betas": (0.9, 0.99), "foreach": False, **kw}
+    ),
 }
 
 
@@ -33,8 +39,6 @@ GENERAL = {
     for cls in (
         torch.optim.RMSprop,
         torch.optim.Adagrad,
-        torch.optim.NAdam,
-        torch.optim.RAdam,
         torch.optim.Adadelta,
         torch.optim.Adamax,
         torch.optim.ASGD,

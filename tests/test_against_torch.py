@@ -305,7 +305,7 @@ def _a_thousandth_more(rule, p, g, slots, c):
 
 
 def _without_largest(p, g, slots, c):
-    new, moments = reference.adam(p, g, slots[:2], c)
+    new, moments = reference.RULES["adam"](p, g, slots[:2], c)
     return new, (*moments, slots[2])
 
 

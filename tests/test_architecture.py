@@ -25,10 +25,18 @@ ORDER = [
     "rules.arithmetic",
     "rules.sgd",
     "rules.adam",
+    "rules.apex",
     "rules.lamb",
+    "rules.larc",
+    "rules.nadam",
+    "rules.novograd",
+    "rules.radam",
     "rules.own",
     "rules",
+    "larc",
     "optim",
+    "apex.optimizers",
+    "apex",
     "unroll",
     "schedules",
     "upload",
@@ -75,7 +83,7 @@ ORDER = [
 def modules():
     """Every module but the kernels and the integrations; a package has the name of its folder."""
     found = {}
-    for path in [*PACKAGE.glob("*.py"), *(PACKAGE / "rules").glob("*.py")]:
+    for path in [*PACKAGE.glob("*.py"), *(PACKAGE / "apex").glob("*.py"), *(PACKAGE / "rules").glob("*.py")]:
         name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
         if name:
             found[name] = path

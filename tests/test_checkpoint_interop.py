@@ -587,7 +587,7 @@ class Interrupted:
 
 
 HISTORIES = {
-    "kind": st.sampled_from([*FUSED, "RMSprop", "NAdam"]),
+    "kind": st.sampled_from([*FUSED, "RMSprop", "Adamax"]),
     "actions": st.lists(ACTIONS, min_size=3, max_size=9),
 }
 

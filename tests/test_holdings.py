@@ -268,7 +268,8 @@ def test_a_parameter_may_take_anothers_place(make):
 @pytest.mark.parametrize("name", FUSED)
 def test_state_from_before_wrapping_is_kept(name):
     make, params = FUSED[name], parameters((SINGLE,))
-    oracle, inner = Oracle(params, "adam" if "adam" in name else "sgd"), FUSED[name](params)
+    inner = FUSED[name](params)
+    oracle = Oracle.of(params, inner)
     model = nn.ParameterList(params)
     for step in range(3):
         grads = gradients(params, step)

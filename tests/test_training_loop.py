@@ -106,8 +106,8 @@ class Loop:
         self.theirs = make_optimizer(self.twin.parameters())
         self.amp = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=4)
         self.max_grad_norm = max_grad_norm
-        kind = "sgd" if isinstance(self.theirs, torch.optim.SGD) else "adam"
-        self.oracle = Oracle(list(self.twin.parameters()), kind) if make_optimizer in FUSED.values() else None
+        fused = make_optimizer in FUSED.values()
+        self.oracle = Oracle.of(list(self.twin.parameters()), self.theirs) if fused else None
         self.history = []
 
     def run(self, steps):

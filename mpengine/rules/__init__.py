@@ -11,19 +11,29 @@ import inspect
 import torch
 from torch import Tensor
 
-from mpengine.rules import adam, lamb, sgd
+from mpengine.rules import adam, apex, lamb, larc, nadam, novograd, radam, sgd
 from mpengine.rules.adam import ADAM, ADAM_AMSGRAD
+from mpengine.rules.apex import APEX_ADAGRAD, APEX_ADAM, APEX_SGD_MOMENTUM
 from mpengine.rules.declaration import Family, Kernels, Numbers, Rule, Slots
 from mpengine.rules.lamb import LAMB
+from mpengine.rules.nadam import NADAM
+from mpengine.rules.novograd import NOVOGRAD
 from mpengine.rules.own import Hyperparameter, RuleOptimizer, declare
+from mpengine.rules.radam import RADAM
 from mpengine.rules.sgd import SGD, SGD_MOMENTUM
 
 __all__ = [
     "ADAM",
     "ADAM_AMSGRAD",
+    "APEX_ADAGRAD",
+    "APEX_ADAM",
+    "APEX_SGD_MOMENTUM",
     "ASSIGN",
     "BUILT_IN",
     "LAMB",
+    "NADAM",
+    "NOVOGRAD",
+    "RADAM",
     "SGD",
     "SGD_MOMENTUM",
     "Family",
@@ -43,13 +53,41 @@ def assign(p: Tensor, g: Tensor, slots: Slots, c: Numbers) -> tuple[Tensor, Slot
 
 ASSIGN = Rule("assign", assign)
 
-BUILT_IN = (ASSIGN, SGD, SGD_MOMENTUM, ADAM, ADAM_AMSGRAD, LAMB)
-FAMILIES = (sgd.FAMILY, adam.family(always_decoupled=False), adam.family(always_decoupled=True), lamb.FAMILY)
+BUILT_IN = (
+    ASSIGN,
+    ADAM,
+    ADAM_AMSGRAD,
+    APEX_ADAGRAD,
+    APEX_ADAM,
+    APEX_SGD_MOMENTUM,
+    LAMB,
+    *dict.fromkeys(larc.RULES.values()),
+    NADAM,
+    NOVOGRAD,
+    RADAM,
+    SGD,
+    SGD_MOMENTUM,
+)
+FAMILIES = (
+    adam.FAMILY,
+    adam.DECOUPLED_FAMILY,
+    apex.FUSED_ADAGRAD,
+    apex.FUSED_ADAM,
+    apex.FUSED_SGD,
+    lamb.FAMILY,
+    *larc.FAMILIES,
+    nadam.FAMILY,
+    novograd.FAMILY,
+    radam.FAMILY,
+    sgd.FAMILY,
+)
 
 _OF_TORCH: dict[type[torch.optim.Optimizer], Family] = {
-    torch.optim.SGD: FAMILIES[0],
-    torch.optim.Adam: FAMILIES[1],
-    torch.optim.AdamW: FAMILIES[2],
+    torch.optim.Adam: adam.FAMILY,
+    torch.optim.AdamW: adam.DECOUPLED_FAMILY,
+    torch.optim.NAdam: nadam.FAMILY,
+    torch.optim.RAdam: radam.FAMILY,
+    torch.optim.SGD: sgd.FAMILY,
 }
 
 
