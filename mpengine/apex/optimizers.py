@@ -1,7 +1,8 @@
 """`apex.optimizers`: FusedAdam, FusedSGD, FusedLAMB, FusedNovoGrad and FusedAdagrad, with apex's arguments.
 
-`mpengine.prepare` steps them in the fused pass; by themselves they step FP32 weights, on any device. Their states are
-torch.optim's in form: a step count for each parameter (FusedSGD has none), where apex has one for each group.
+`mpengine.prepare` steps them in the fused pass; by themselves they step FP32 weights, on any device. States that apex
+saved are loaded, FusedNovoGrad's aside; those saved here have a step count for each parameter (FusedSGD's and
+FusedAdagrad's none), where apex has one for each group.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mpengine import optim
@@ -22,9 +24,13 @@ _FLAG = Hyperparameter(False)
 
 
 class _Fused(RuleOptimizer):
-    """What apex's optimizers have beside their hyperparameters."""
+    """What apex's optimizers have beside their hyperparameters; and they load what apex's own classes saved."""
 
-    set_grad_none = True
+    set_grad_none: bool
+
+    def _finish(self, set_grad_none: bool) -> None:
+        self.set_grad_none = set_grad_none
+        self.register_load_state_dict_pre_hook(_from_apex)
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:
         """Drops the gradients, or fills them with zeros.
@@ -36,6 +42,28 @@ class _Fused(RuleOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "set_grad_none": self.set_grad_none}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "set_grad_none" in state:  # of a copy or pickle, not of load_state_dict
+            self._finish(state["set_grad_none"])
+
+
+def _from_apex(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+    """A load hook: apex's step count of each group goes to its parameters; options that apex does not save stay."""
+    groups, states = state_dict.get("param_groups", []), dict(state_dict.get("state", {}))
+    if "mpengine" in state_dict or len(groups) != len(optimizer.param_groups):
+        return None
+    moved = []
+    for own, saved in zip(optimizer.param_groups, groups, strict=True):
+        group = {**{key: value for key, value in own.items() if key != "params"}, **saved}
+        if "step" in group:
+            step = float(group.pop("step"))
+            states.update(
+                (key, {**states[key], "step": torch.tensor(step)}) for key in group["params"] if key in states
+            )
+        moved.append(group)
+    return {**state_dict, "state": states, "param_groups": moved}
 
 
 def _refuse_amsgrad(kind: str, amsgrad: bool) -> None:
@@ -94,7 +122,6 @@ class FusedAdam(_Fused):
         _refuse_amsgrad("FusedAdam", amsgrad)
         if master_weights and not capturable:
             raise RuntimeError("master_weights is True and capturable False; apex allows it with capturable=True only.")
-        self.set_grad_none = set_grad_none
         defaults = {
             "lr": lr,
             "bias_correction": bool(bias_correction),
@@ -104,6 +131,7 @@ class FusedAdam(_Fused):
             "weight_decay": weight_decay,
         }
         super().__init__(params, defaults)
+        self._finish(set_grad_none)
 
 
 class FusedSGD(_Fused):
@@ -151,7 +179,6 @@ class FusedSGD(_Fused):
             raise ValueError(
                 f"nesterov needs a momentum above 0 and no dampening; they are {momentum} and {dampening}."
             )
-        self.set_grad_none = set_grad_none
         params = params if isinstance(params, Tensor) else list(params)  # of a tensor torch tells
         if lr is None:
             lr = _lr_of_groups(params)
@@ -164,6 +191,7 @@ class FusedSGD(_Fused):
             "wd_after_momentum": bool(wd_after_momentum),
         }
         super().__init__(params, defaults)
+        self._finish(set_grad_none)
 
 
 def _lr_of_groups(params: Iterable[Any]) -> Any:
@@ -212,7 +240,6 @@ class FusedLAMB(_Fused, optim.LAMB):
         use_nvlamb: bool = False,
     ) -> None:
         _refuse_amsgrad("FusedLAMB", amsgrad)
-        self.set_grad_none = set_grad_none
         optim.LAMB.__init__(
             self,
             params,
@@ -226,6 +253,7 @@ class FusedLAMB(_Fused, optim.LAMB):
             use_nvlamb=bool(use_nvlamb),
             max_grad_norm=max_grad_norm,
         )
+        self._finish(set_grad_none)
 
 
 class FusedNovoGrad(_Fused, optim.NovoGrad):
@@ -274,7 +302,6 @@ class FusedNovoGrad(_Fused, optim.NovoGrad):
                 f"norm_type is {norm_type!r}; the step measures sums of squares, so only norm_type=2 (the 2-norm, as "
                 "in the paper) is there."
             )
-        self.set_grad_none = set_grad_none
         optim.NovoGrad.__init__(
             self,
             params,
@@ -287,6 +314,7 @@ class FusedNovoGrad(_Fused, optim.NovoGrad):
             grad_averaging=bool(grad_averaging),
             init_zero=bool(init_zero),
         )
+        self._finish(set_grad_none)
 
 
 class FusedAdagrad(_Fused):
@@ -322,6 +350,6 @@ class FusedAdagrad(_Fused):
         set_grad_none: bool = True,
         adagrad_w_mode: bool = False,
     ) -> None:
-        self.set_grad_none = set_grad_none
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "adagrad_w_mode": bool(adagrad_w_mode)}
         super().__init__(params, defaults)
+        self._finish(set_grad_none)

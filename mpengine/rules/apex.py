@@ -122,6 +122,7 @@ FUSED_ADAGRAD = Family(
     lambda group: APEX_ADAGRAD,
     apex_adagrad_scalars,
     slots=APEX_ADAGRAD.slots,
+    counts_steps=False,
 )
 
 FUSED_SGD = Family(

@@ -293,6 +293,52 @@ def test_fused_sgd_counts_no_steps():
     assert frozen(again.state_dict()["state"]) == frozen(prepared.torch_state_dict()["state"])
 
 
+def as_apex_saves(state_dict):
+    """The steps of a group stand in the group; flags that apex's optimizers keep for themselves are left out."""
+    saved = copy.deepcopy(state_dict)
+    for group in saved["param_groups"]:
+        steps = [saved["state"][key].pop("step") for key in group["params"] if "step" in saved["state"][key]]
+        if steps:
+            group["step"] = int(steps[0])
+        for flag in ("adam_w_mode", "use_nvlamb", "wd_after_momentum", "adagrad_w_mode"):
+            group.pop(flag, None)
+    return saved
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("cls", [FusedAdam, FusedSGD, FusedLAMB, FusedAdagrad], ids=lambda cls: cls.__name__)
+def test_what_apex_saved_goes_on(cls, prepared):
+    """As if it had never stopped, whatever copies were made of the optimizer before."""
+    whole, params = parameters((SINGLE,)), parameters((SINGLE,))
+    through, first = build(cls, whole, weight_decay=0.1), build(cls, params, weight_decay=0.1)
+    second = copy.deepcopy(build(cls, params, weight_decay=0.1))
+    for step in range(6):
+        for mine, optimizer in ((whole, through), (params, first)):
+            if step == 3 and optimizer is first:
+                with torch.no_grad():
+                    for param, value in zip(second.param_groups[0]["params"], params, strict=True):
+                        param.copy_(value)
+                saved, params = as_apex_saves(first.state_dict()), second.param_groups[0]["params"]
+                first = MixedPrecisionOptimizer(second) if prepared else second
+                first.load_state_dict(saved)
+                mine, optimizer = params, first
+            feed(mine, gradients(mine, step))
+            optimizer.step()
+    assert same_bits(params, whole)
+
+
+def test_a_state_of_apexs_novograd_is_refused():
+    """Its second moments stand in the group, by the order of gradients that there were."""
+    params = parameters((SINGLE,))
+    optimizer = MixedPrecisionOptimizer(FusedNovoGrad(params))
+    saved = optimizer.torch_state_dict()
+    for own in saved["state"].values():
+        del own["exp_avg_sq"], own["step"]
+    saved["param_groups"][0].update(step=3, exp_avg_sq=[torch.zeros(0), torch.ones(3)])
+    with pytest.raises(ValueError, match=r"missing: \['exp_avg_sq'\]"):
+        optimizer.load_state_dict(saved)
+
+
 def test_an_existing_rule_is_used_where_its_arithmetic_is_the_same():
     def rule(**options):
         group = FusedSGD([torch.zeros(1)], lr=0.1, **options).param_groups[0]
