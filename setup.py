@@ -10,6 +10,7 @@ setup(
     packages=[
         "mpengine",
         "mpengine.amp",
+        "mpengine.apex",
         "mpengine.integrations",
         "mpengine.kernels",
         "mpengine.kernels.rules",

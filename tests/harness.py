@@ -30,6 +30,12 @@ FUSED = {
     "adadelta": lambda params, **kw: torch.optim.Adadelta(
         params, **{"lr": 0.5, "weight_decay": 0.01, "foreach": False, **kw}
     ),
+    "nadam": lambda params, **kw: torch.optim.NAdam(
+        params, **{"lr": 0.01, "weight_decay": 0.01, "decoupled_weight_decay": True, "foreach": False, **kw}
+    ),
+    "radam": lambda params, **kw: torch.optim.RAdam(
+        params, **{"lr": 0.01, "betas": (0.9, 0.99), "foreach": False, **kw}
+    ),
 }
 
 
@@ -40,8 +46,6 @@ class _OwnAdam(torch.optim.Adam):
 GENERAL = {
     cls.__name__: lambda params, cls=cls, **kw: cls(params, **{"lr": 0.01, **kw})
     for cls in (
-        torch.optim.NAdam,
-        torch.optim.RAdam,
         torch.optim.Adamax,
         torch.optim.ASGD,
         torch.optim.Rprop,

@@ -142,6 +142,7 @@ class Oracle:
     def forget(self) -> None:
         """Starts with fresh state, as after `optimizer.state.clear()`."""
         self.state = dict.fromkeys(("buffer", "m", "v", "largest", "a"), self.start)
+        self.state["product"] = Near(np.ones_like(self.p.value))
         self.steps = np.zeros(self.p.value.size, dtype=np.int64)
 
     def _decayed(self, g: Near, group: Mapping[str, Any]) -> Near:
@@ -204,12 +205,52 @@ class Oracle:
         way = ((self.state["a"] + eps).sqrt() / (v + eps).sqrt()) * g
         return self.p - way * lr, {"v": v, "a": self.state["a"] * rho + (way * (1.0 - rho)) * way}
 
+    def _nadam(self, g: Near, group: Mapping[str, Any]) -> tuple[Near, dict[str, Near]]:
+        p, g, m, v = self._moments(g, group)
+        lr, (beta1, beta2), eps = float(group["lr"]), group["betas"], Near.scalar(float(group["eps"]), p)
+        steps = np.maximum(self.steps, 1)
+        mu, mu_next = (beta1 * (1.0 - 0.5 * 0.96 ** (t * group["momentum_decay"])) for t in (steps, steps + 1))
+        one = Near.scalar(1.0, p)
+        product = self.state["product"] * _exact(mu)
+        denominator = (v * _exact(1.0 / (1.0 - beta2**steps))).sqrt() + eps
+        p = p - (g / denominator) * (_exact(lr * (1.0 - mu)) / (one - product))
+        p = p - (m / denominator) * (_exact(lr * mu_next) / (one - product * _exact(mu_next)))
+        return p, {"m": m, "v": v, "product": product}
+
+    def _radam(self, g: Near, group: Mapping[str, Any]) -> tuple[Near, dict[str, Near]]:
+        p, g, m, v = self._moments(g, group)
+        lr, (beta1, beta2), eps = float(group["lr"]), group["betas"], Near.scalar(float(group["eps"]), p)
+        steps = np.maximum(self.steps, 1)
+        rho = 2.0 / (1.0 - beta2) - 1.0
+        rho_t = rho - 2.0 * steps * beta2**steps / (1.0 - beta2**steps)
+        rectified = rho_t > 5.0
+        with np.errstate(divide="ignore", invalid="ignore"):  # of steps that are not rectified
+            r = np.sqrt((rho_t - 4.0) * (rho_t - 2.0) * rho / ((rho - 4.0) * (rho - 2.0) * rho_t))
+        r = np.where(rectified, r, 1.0)
+        way = (m / _exact(1.0 - beta1**steps)) * lr
+        adapted = way * (_exact(np.sqrt(1.0 - beta2**steps)) / (v.sqrt() + eps)) * _exact(r)
+        return p - adapted.where(rectified, way), {"m": m, "v": v}
+
+    def _moments(self, g: Near, group: Mapping[str, Any]) -> tuple[Near, Near, Near, Near]:
+        """Weight and gradient with their decay, and both moments."""
+        p, (beta1, beta2), weight_decay = self.p, group["betas"], float(group["weight_decay"])
+        if weight_decay != 0 and group["decoupled_weight_decay"]:
+            p = p * (1.0 - float(group["lr"]) * weight_decay)
+        else:
+            g = self._decayed(g, group)
+        return p, g, self.state["m"].lerp(g, 1.0 - beta1), self.state["v"] * beta2 + (g * (1.0 - beta2)) * g
+
     def distance(self, params: Sequence[Tensor], execution: int) -> float:
         """How far parameters are from the equations: the largest share of the bound of execution 0 or 1."""
         error = np.abs(_flat(params) - self.p.value)
         with np.errstate(invalid="ignore", divide="ignore"):
             shares = np.where(error == 0.0, 0.0, error / self.p.error[execution])
         return float(np.max(shares)) if np.isfinite(shares).all() else math.inf
+
+
+def _exact(values: np.ndarray) -> Near:
+    """Scalars that are computed in float64 and rounded once."""
+    return Near(values, _K * U * np.abs(values))
 
 
 def _flat(tensors: Sequence[Tensor]) -> np.ndarray:

@@ -370,7 +370,7 @@ WRONG = {
     "torch's SGD": (_another(FUSED["momentum"]), "lack .*'betas'"),
     "torch's RMSprop": (_another(FUSED["rmsprop"]), "lack .*'betas'"),
     "torch's Adagrad": (_another(FUSED["adagrad"]), "lack .*'betas'"),
-    "torch's NAdam": (_another(GENERAL["NAdam"]), "unknown"),
+    "torch's NAdam": (_another(FUSED["nadam"]), "unknown"),
     "torch's amsgrad": (_put(["param_groups", 0, "amsgrad"], True), r"missing: \['max_exp_avg_sq'\]"),
 }
 

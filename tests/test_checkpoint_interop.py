@@ -587,7 +587,7 @@ class Interrupted:
 
 
 HISTORIES = {
-    "kind": st.sampled_from([*FUSED, "Adamax", "NAdam"]),
+    "kind": st.sampled_from([*FUSED, "Adamax"]),
     "actions": st.lists(ACTIONS, min_size=3, max_size=9),
 }
 

@@ -20,7 +20,7 @@ from mpengine import GradScaler, MixedPrecisionOptimizer
 from tests.harness import BRAIN, FUSED, GENERAL, HALF, SINGLE, feed, gradients, params_of, same_bits, started, twins_of
 from tests.oracle import Oracle
 
-KINDS = [*FUSED, "Adamax", "NAdam", "Rprop"]
+KINDS = [*FUSED, "Adamax", "Rprop"]
 SEED = st.integers(0, 999)
 WHICH = st.integers(0, 3)
 ACTIONS = st.one_of(

@@ -28,26 +28,27 @@ def adam_scalars(h, step):
 @triton.jit
 def adam(p, g, slots, c):
     """Adam (Kingma & Ba 2015) and AdamW (Loshchilov & Hutter 2019). Semantics: `torch.optim.Adam`, `AdamW`."""
-    p, m, v = _adam_moments(p, g, slots[0], slots[1], c)
+    p, _, m, v = moments(p, g, slots[0], slots[1], c)
     return _adam_step(p, m, v, c), (m, v)
 
 
 @triton.jit
 def adam_amsgrad(p, g, slots, c):
     """Adam with the largest second moment so far (Reddi et al. 2018)."""
-    p, m, v = _adam_moments(p, g, slots[0], slots[1], c)
+    p, _, m, v = moments(p, g, slots[0], slots[1], c)
     largest = tl.maximum(slots[2], v, propagate_nan=tl.PropagateNan.ALL)
     return _adam_step(p, m, largest, c), (m, v, largest)
 
 
 @triton.jit
-def _adam_moments(p, g, m, v, c):
+def moments(p, g, m, v, c):
+    """The decayed weight, the gradient with its decay, and both moments after it."""
     sign, coupled_decay, decay_factor, one_minus_beta1, beta2, one_minus_beta2 = c[0], c[1], c[2], c[3], c[4], c[5]
     g = g * sign + p * coupled_decay
     p = p * decay_factor
     m = lerp(m, g, one_minus_beta1)
     v = v * beta2 + (g * one_minus_beta2) * g
-    return p, m, v
+    return p, g, m, v
 
 
 @triton.jit

@@ -11,17 +11,21 @@ import inspect
 import torch
 from torch import Tensor
 
-from mpengine.rules import adadelta, adagrad, adam, lamb, lion, rmsprop, sgd
+from mpengine.rules import adadelta, adagrad, adam, apex, lamb, larc, lion, nadam, novograd, radam, rmsprop, sgd
 from mpengine.rules.adadelta import ADADELTA
 from mpengine.rules.adagrad import ADAGRAD
 from mpengine.rules.adam import ADAM, ADAM_AMSGRAD
+from mpengine.rules.apex import APEX_ADAGRAD, APEX_ADAM, APEX_SGD_MOMENTUM
 from mpengine.rules.arithmetic import power, sqrt_rn
 from mpengine.rules.declaration import Family, Kernels, Numbers, Rule, Slots
 from mpengine.rules.declared import declare
 from mpengine.rules.hyperparameters import Hyperparameter
 from mpengine.rules.lamb import LAMB
 from mpengine.rules.lion import LION
+from mpengine.rules.nadam import NADAM
+from mpengine.rules.novograd import NOVOGRAD
 from mpengine.rules.own import RuleOptimizer
+from mpengine.rules.radam import RADAM
 from mpengine.rules.rmsprop import RMSPROP, RMSPROP_CENTERED, RMSPROP_CENTERED_MOMENTUM, RMSPROP_MOMENTUM
 from mpengine.rules.sgd import SGD, SGD_MOMENTUM
 
@@ -30,11 +34,17 @@ __all__ = [
     "ADAGRAD",
     "ADAM",
     "ADAM_AMSGRAD",
+    "APEX_ADAGRAD",
+    "APEX_ADAM",
+    "APEX_SGD_MOMENTUM",
     "ASSIGN",
     "BUILT_IN",
     "LAMB",
     "LION",
+    "NADAM",
+    "NOVOGRAD",
     "OF_TORCH",
+    "RADAM",
     "RMSPROP",
     "RMSPROP_CENTERED",
     "RMSPROP_CENTERED_MOMENTUM",
@@ -66,22 +76,36 @@ BUILT_IN = (
     ADAGRAD,
     ADAM,
     ADAM_AMSGRAD,
+    APEX_ADAGRAD,
+    APEX_ADAM,
+    APEX_SGD_MOMENTUM,
     LAMB,
     LION,
+    NADAM,
+    NOVOGRAD,
+    RADAM,
     RMSPROP,
     RMSPROP_CENTERED,
     RMSPROP_CENTERED_MOMENTUM,
     RMSPROP_MOMENTUM,
+    *dict.fromkeys(larc.RULES.values()),
     SGD,
     SGD_MOMENTUM,
 )
 FAMILIES = (
     adadelta.FAMILY,
     adagrad.FAMILY,
-    adam.FAMILY,
     adam.DECOUPLED_FAMILY,
+    adam.FAMILY,
+    apex.FUSED_ADAGRAD,
+    apex.FUSED_ADAM,
+    apex.FUSED_SGD,
     lamb.FAMILY,
+    *larc.FAMILIES,
     lion.FAMILY,
+    nadam.FAMILY,
+    novograd.FAMILY,
+    radam.FAMILY,
     rmsprop.FAMILY,
     sgd.FAMILY,
 )
@@ -91,6 +115,8 @@ OF_TORCH: dict[type[torch.optim.Optimizer], Family] = {
     torch.optim.Adagrad: adagrad.FAMILY,
     torch.optim.Adam: adam.FAMILY,
     torch.optim.AdamW: adam.DECOUPLED_FAMILY,
+    torch.optim.NAdam: nadam.FAMILY,
+    torch.optim.RAdam: radam.FAMILY,
     torch.optim.RMSprop: rmsprop.FAMILY,
     torch.optim.SGD: sgd.FAMILY,
 }

@@ -39,25 +39,25 @@ def adam_scalars(h: np.ndarray, step: np.ndarray) -> list[np.ndarray]:
 
 def adam(p: Tensor, g: Tensor, slots: Slots, c: Numbers) -> tuple[Tensor, Slots]:
     """Adam and AdamW."""
-    p, m, v = moments(p, g, slots[0], slots[1], c)
+    p, _, m, v = moments(p, g, slots[0], slots[1], c)
     return adam_step(p, m, v, c), (m, v)
 
 
 def adam_amsgrad(p: Tensor, g: Tensor, slots: Slots, c: Numbers) -> tuple[Tensor, Slots]:
     """Adam with the largest second moment so far."""
-    p, m, v = moments(p, g, slots[0], slots[1], c)
+    p, _, m, v = moments(p, g, slots[0], slots[1], c)
     largest = torch.maximum(slots[2], v)
     return adam_step(p, m, largest, c), (m, v, largest)
 
 
-def moments(p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: Numbers) -> tuple[Tensor, Tensor, Tensor]:
-    """The decayed weight, and both moments after this gradient."""
+def moments(p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: Numbers) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The decayed weight, the gradient with its decay, and both moments after it."""
     sign, coupled_decay, decay_factor, one_minus_beta1, beta2, one_minus_beta2 = c[:6]
     g = g * sign + p * coupled_decay
     p = p * decay_factor
     m = lerp(m, g, one_minus_beta1)
     v = v * beta2 + (g * one_minus_beta2) * g
-    return p, m, v
+    return p, g, m, v
 
 
 def adam_step(p: Tensor, m: Tensor, v: Tensor, c: Numbers) -> Tensor:

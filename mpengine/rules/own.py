@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mpengine.kernels import layout
-from mpengine.rules.declaration import Columns, Family
+from mpengine.rules.declaration import Columns, Family, Rule
 from mpengine.rules.hyperparameters import Hyperparameter
 
 
@@ -147,10 +147,10 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _step_one(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> None:
         rule, p = self.family.variant(group), param.detach()
+        step = self._counted(rule, self.state[param])
         state = self._state_of(group, param)
-        state["step"] += 1
         slots = tuple(state[name] for name in rule.slots)
-        c = _rounded(self.family.scalars(self._row(group), np.array([int(state["step"])])))
+        c = _rounded(self.family.scalars(self._row(group), np.array([step])))
         if rule.settle is not None:
             measured = () if rule.measure is None else rule.measure(p, grad, slots, c)
             norms = [np.sqrt(np.array([float((x * x).sum(dtype=torch.float64))])) for x in measured]
@@ -167,14 +167,21 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _state_of(self, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
         """The parameter's state, made where there is none yet."""
         rule, state, initial = self.family.variant(group), self.state[param], self.family.initial(group)
-        state.setdefault("step", torch.zeros(()))
         for name in rule.slots:
-            if name not in state:
+            if state.get(name) is None:
                 state[name] = torch.full_like(param, initial.get(name, 0.0))
         for name in rule.cells:
             if name not in state:
                 state[name] = torch.full((), initial.get(name, 0.0), device=param.device)
         return state
+
+    def _counted(self, rule: Rule, state: dict[str, Any]) -> int:
+        """The number of this step. Of a family that counts none 1 at the first, when state is missing, and 2 after."""
+        if not self.family.counts_steps:
+            return 1 if any(state.get(name) is None for name in rule.slots) else 2
+        state.setdefault("step", torch.zeros(()))
+        state["step"] += 1
+        return int(state["step"])
 
     def _row(self, group: Mapping[str, Any]) -> np.ndarray:
         row = np.zeros((layout.HYPER, 1))

@@ -231,8 +231,8 @@ def test_a_state_of_another_lion_is_loaded():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"lr": -1.0}, ValueError, r"lr is -1.0; it must be at least 0"),
-        ({"betas": (0.9, 1.0)}, ValueError, r"betas\[1\] is 1.0; it must be at least 0 and below 1"),
+        ({"lr": -1.0}, ValueError, r"lr is -1.0; it must be finite and at least 0"),
+        ({"betas": (0.9, 1.0)}, ValueError, r"betas\[1\] is 1.0; it must be finite and at least 0 and below 1"),
         ({"betas": 0.9}, ValueError, "betas is 0.9; it must be 2 numbers"),
         ({"weight_decay": math.nan}, ValueError, "weight_decay is nan"),
         ({"maximize": 1}, TypeError, "maximize is 1; it must be True or False"),

@@ -1,0 +1,1 @@
+"""apex for scripts that import it."""
