@@ -1,0 +1,281 @@
+"""`python -m mpengine.apex`: what it runs sees no difference to `python`, but that apex is there."""
+
+import shutil
+
+import pytest
+
+from tests.apex.worlds import printed, python, runner, write
+
+PROBE = """
+import sys
+
+main = sys.modules["__main__"]
+print(__name__, __file__, __package__, __spec__ and __spec__.name, __builtins__, __doc__, type(__loader__).__name__)
+print(sys.argv, sys.path[0], main.__dict__ is globals(), sorted(vars(main)))
+print(1 / 2, (lambda x: int)(0).__name__, list.__class_getitem__)
+def typed(x: int): ...
+print(typed.__annotations__)
+"""
+FAILS = '''
+"""A failure in a function, after another one."""
+import sys
+
+def inner():
+    raise ValueError("first")
+
+def outer():
+    try:
+        inner()
+    except ValueError as error:
+        raise RuntimeError("second") from error
+
+print("before", flush=True)
+sys.exit(7) if "exit" in sys.argv else outer()
+'''
+
+
+def alike(cwd, *arguments):
+    """The same output, errors and exit code, from python and from the runner."""
+    ours, theirs = runner(*arguments, cwd=cwd), python(*arguments, cwd=cwd)
+    assert (ours.returncode, ours.stderr, ours.stdout) == (theirs.returncode, theirs.stderr, theirs.stdout)
+    return ours
+
+
+def test_a_script(tmp_path):
+    write(tmp_path, below__probe=PROBE)
+    (tmp_path / "link.py").symlink_to(tmp_path / "below" / "probe.py")
+    run = alike(tmp_path, "link.py", "a", "-m", "--force", "b c")
+    assert str(["link.py", "a", "-m", "--force", "b c"]) in printed(run)
+
+
+def test_a_module(tmp_path):
+    write(tmp_path, pack____init__="", pack__inner=PROBE)
+    assert "pack.inner" in printed(alike(tmp_path, "-m", "pack.inner", "--help", "x"))
+
+
+def test_a_package(tmp_path):
+    write(tmp_path, pack____init__="", pack____main__=PROBE)
+    assert "pack.__main__" in printed(alike(tmp_path, "-m", "pack"))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["folder", "zip"])
+def test_a_folder(tmp_path, packed):
+    write(tmp_path, app____main__="import sys, helper\nprint(helper.x, sys.argv, sys.path[0])\n", app__helper="x = 3\n")
+    name = "app"
+    if packed:
+        name = shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path / "app")
+    assert printed(alike(tmp_path, name, "y")).startswith("3 ")
+
+
+def test_an_error_shows_the_scripts_own_traceback(tmp_path):
+    write(tmp_path, fails=FAILS)
+    run = alike(tmp_path, "fails.py")
+    assert run.returncode == 1
+    assert "mpengine" not in run.stderr
+
+
+def test_an_exit_code(tmp_path):
+    write(tmp_path, fails=FAILS)
+    assert alike(tmp_path, "fails.py", "exit").returncode == 7
+
+
+def test_a_syntax_error(tmp_path):
+    write(tmp_path, wrong="x = = 2\n")
+    assert "SyntaxError" in alike(tmp_path, "wrong.py").stderr
+
+
+@pytest.mark.parametrize("arguments", [("absent.py",), ("-m", "absent"), ("-m", "json")], ids=" ".join)
+def test_nothing_to_run(tmp_path, arguments):
+    run = alike(tmp_path, *arguments)
+    assert run.returncode != 0
+    assert run.stderr
+
+
+@pytest.mark.parametrize("arguments", [(), ("-m",), ("--unknown", "x.py"), ("--force",)], ids=str)
+def test_usage(tmp_path, arguments):
+    run = runner(*arguments, cwd=tmp_path)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr.startswith("usage: python -m mpengine.apex [--force] SCRIPT")
+
+
+def test_help(tmp_path):
+    assert "torchrun" in printed(runner("--help", cwd=tmp_path))
+
+
+# What the script finds.
+
+IMPORTS = """
+import importlib.util
+import apex
+import apex.amp as amp1
+import apex.amp.amp
+import apex.multi_tensor_apply.multi_tensor_apply
+import amp_C
+from apex import amp, fp16_utils, parallel
+from apex.amp._amp_state import _amp_state
+from apex.fp16_utils import *
+from apex.fp16_utils import FP16_Optimizer as Other
+from apex.fp16_utils.fp16util import network_to_half as half
+from apex.fp16_utils.loss_scaler import DynamicLossScaler
+from apex.multi_tensor_apply import multi_tensor_applier
+from apex.normalization import FusedLayerNorm
+from apex.normalization.fused_layer_norm import FusedLayerNorm as again
+from apex.parallel import DistributedDataParallel as DDP
+from apex.parallel.distributed import Reducer
+import mpengine
+
+assert FP16_Optimizer is Other is mpengine.apex.fp16_optimizer.FP16_Optimizer
+assert network_to_half is half and FusedLayerNorm is again
+assert amp is amp1 is apex.amp and amp.initialize is mpengine.amp.initialize is apex.amp.amp.initialize
+assert amp._amp_state is _amp_state
+assert multi_tensor_applier(amp_C.multi_tensor_l2norm, *NORM)[0].item() == 5.0
+assert importlib.util.find_spec("apex") is apex.__spec__
+assert {"initialize", "scale_loss"} <= set(dir(amp))
+assert not hasattr(apex, "__version__")
+assert mpengine.apex.install() == mpengine.apex.install() == "provided"
+assert mpengine.apex.install(force=True) == "provided"
+assert apex is __import__("apex")
+print("good")
+""".replace("NORM", "(torch.zeros(1), [[torch.tensor([3.0, 4.0])]])").replace("import apex\n", "import apex, torch\n", 1)
+
+
+def test_imports_of_every_kind(tmp_path):
+    write(tmp_path, imports=IMPORTS)
+    assert printed(runner("imports.py", cwd=tmp_path)) == "good\n"
+
+
+def test_install_from_code(tmp_path):
+    code = "import mpengine.apex\nprint(mpengine.apex.install())\n" + IMPORTS
+    write(tmp_path, imports=code)
+    assert printed(python("imports.py", cwd=tmp_path)) == "provided\ngood\n"
+
+
+MESSAGES = """
+import contextlib, io, logging
+from mpengine.apex.run import start
+
+start()  # once more is not twice
+logging.basicConfig(level=logging.DEBUG)
+logger = logging.getLogger("mpengine.amp")
+logger.info("Gradient overflow.")
+logger.debug("a detail")
+with contextlib.redirect_stdout(io.StringIO()) as caught:
+    logger.info("elsewhere")
+print([caught.getvalue()])
+"""
+
+
+def test_messages_are_printed_as_apex_did(tmp_path):
+    write(tmp_path, messages=MESSAGES)
+    assert printed(runner("messages.py", cwd=tmp_path)) == "Gradient overflow.\n['elsewhere\\n']\n"
+
+
+SPAWNS = """
+import logging, multiprocessing
+from apex import amp
+
+def work(queue):
+    logging.getLogger("mpengine.amp").info("in the child")
+    queue.put(amp.__name__)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=work, args=(queue,))
+    process.start()
+    print(queue.get())
+    process.join()
+"""
+
+
+def test_processes_that_it_spawns_find_apex_too(tmp_path):
+    write(tmp_path, spawns=SPAWNS)
+    assert sorted(printed(runner("spawns.py", cwd=tmp_path)).splitlines()) == ["apex.amp", "in the child"]
+
+
+# Another apex is installed.
+
+INSTALLED = {
+    "apex____init__": "__version__ = '25.06'\nfrom . import optimizers\n",
+    "apex__optimizers____init__": "class FusedAdam: theirs = True\n",
+    "apex__contrib____init__": "",
+    "apex__contrib__xentropy": "theirs = True\n",
+    "apex__normalization____init__": "class FusedLayerNorm: theirs = True\n",
+    "amp_C": "theirs = True\ndef multi_tensor_scale(): ...\n",
+}
+ASKS = """
+import mpengine
+from apex import amp
+import amp_C, apex, apex.normalization, apex.parallel.distributed, apex.optimizers
+answer = mpengine.apex.install()
+print(answer, getattr(amp, "theirs", False), hasattr(amp_C, "theirs"), getattr(apex, "__version__", None))
+print(hasattr(apex.optimizers, "theirs"), hasattr(apex.normalization.FusedLayerNorm, "theirs"))
+if answer == "completed":
+    from apex.contrib.xentropy import theirs
+    from apex.optimizers import FusedAdam
+    assert FusedAdam.theirs
+    assert apex.normalization.FusedRMSNorm is mpengine.apex.normalization.FusedRMSNorm
+    assert apex.amp is amp and apex.parallel.DistributedDataParallel
+    assert amp.initialize is mpengine.amp.initialize
+"""
+
+
+def test_an_installed_apex_without_amp_is_completed(tmp_path):
+    write(tmp_path / "installed", **INSTALLED)
+    write(tmp_path, asks=ASKS)
+    answer = printed(runner("asks.py", cwd=tmp_path, path=tmp_path / "installed"))
+    assert answer == "completed False True 25.06\nFalse True\n"
+
+
+WITH_AMP = INSTALLED | {"apex__amp": "theirs = True\n", "apex__parallel__distributed": "", "apex__parallel____init__": ""}
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_an_installed_apex_with_amp_is_kept_unless_forced(tmp_path, force):
+    write(tmp_path / "installed", **WITH_AMP)
+    write(tmp_path, asks=ASKS.replace(", apex.optimizers\n", "\n").replace("print(hasattr(apex.opt", "0 and (hasattr(apex.opt"))
+    options = ["--force"] if force else []
+    answer = printed(runner(*options, "asks.py", cwd=tmp_path, path=tmp_path / "installed"))
+    assert answer == ("provided False False None\n" if force else "kept True True 25.06\n")
+
+
+def test_another_package_of_that_name_is_replaced(tmp_path):
+    write(tmp_path / "installed", apex____init__="from pyramid.session import absent\n", apex__amp="theirs = True\n")
+    write(tmp_path, asks="import mpengine\nfrom apex import amp\nprint(mpengine.apex.install(), hasattr(amp, 'theirs'))\n")
+    assert printed(runner("asks.py", cwd=tmp_path, path=tmp_path / "installed")) == "provided False\n"
+
+
+RANKS = """
+import os, sys, torch
+import torch.distributed as dist
+from apex import amp
+from apex.parallel import DistributedDataParallel as DDP
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+torch.manual_seed(rank)
+model = torch.nn.Linear(8, 4)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+model, optimizer = amp.initialize(model, optimizer, opt_level="O2", loss_scale=128.0, verbosity=0)
+model = DDP(model)
+for _ in range(3):
+    optimizer.zero_grad()
+    loss = model(torch.randn(16, 8)).square().mean()
+    with amp.scale_loss(loss, optimizer) as scaled:
+        scaled.backward()
+    optimizer.step()
+masters = torch.cat([p.detach().reshape(-1) for p in amp.master_params(optimizer)])
+others = [torch.empty_like(masters) for _ in range(2)]
+dist.all_gather(others, masters)
+assert torch.equal(*others) and optimizer.steps_taken == 3
+open(f"done{rank}", "w").write(" ".join(sys.argv))
+dist.destroy_process_group()
+"""
+
+
+def test_under_torchrun(tmp_path):
+    write(tmp_path, ranks=RANKS)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run = python("-W", "default", *torchrun, "-m", "mpengine.apex", "ranks.py", "--lr", "1", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert [(tmp_path / f"done{rank}").read_text() for rank in range(2)] == ["ranks.py --lr 1"] * 2
