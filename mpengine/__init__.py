@@ -1,6 +1,6 @@
 """mpengine: fp16 training with FP32 master weights, a dynamic scale for every loss, and one fused step."""
 
-from mpengine import graphs, reference, rules, schedules
+from mpengine import amp, graphs, reference, rules, schedules
 from mpengine.grad_scaler import GradScaler
 from mpengine.optimizer import MixedPrecisionOptimizer
 from mpengine.precision import prepare
@@ -15,6 +15,7 @@ __all__ = [
     "LossScaleCollapse",
     "MixedPrecisionOptimizer",
     "Report",
+    "amp",
     "graphs",
     "prepare",
     "reference",

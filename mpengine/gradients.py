@@ -75,6 +75,10 @@ class Ledger:
         """Whether it does."""
         return optimizer in self.optimizers
 
+    def label_others(self, optimizer: torch.optim.Optimizer, label: Label) -> None:
+        """From now on a gradient of this optimizer that no scaled loss has made is under `label`."""
+        self._by_hand[optimizer] = (self.passes, label)
+
     def begin(self, label: Label) -> None:
         """Called by the first node of a scaled loss's backward pass."""
         label = label.of_pass()
@@ -202,6 +206,42 @@ class Ledger:
             for param in parameters(optimizer):
                 self._records.pop(id(param), None)
 
+    def discard(self, loss_id: int) -> None:
+        """Drops what a loss has made since its scale last moved, as if it had not been: what was set aside returns."""
+        self._close_pass()
+        self._expand()
+        for key, record in list(self._records.items()):
+            param = record.param()
+            if param is None or param.grad is None or not record.holds(param, param.grad):
+                continue
+            record.aside = [(old, grad) for old, grad in record.aside if old.loss_id != loss_id or old.counted]
+            if record.label is None or record.label.loss_id != loss_id or record.label.counted:
+                continue
+            param.grad = None
+            if record.aside:
+                _restore(param, record)
+            else:
+                del self._records[key]
+
+    def edited(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether somebody has written a gradient since it was noted, or put another in its place."""
+        self._expand()
+        for param in parameters(optimizer):
+            record, grad = self._records.get(id(param)), param.grad
+            if grad is not None and (
+                record is None or not record.holds(param, grad) or record.version != grad._version
+            ):
+                return True
+        return False
+
+    def forget_edited(self, optimizer: torch.optim.Optimizer) -> None:
+        """The gradients have been stepped: who writes one from here on drops what else was pending on its parameter."""
+        self._expand()
+        for param in parameters(optimizer):
+            record = self._records.get(id(param))
+            if record is not None:
+                record.spent = True
+
     def _forget_aside(self, param: Tensor) -> Record:
         record = self._record(param)
         record.forget_aside()
@@ -299,11 +339,7 @@ class Ledger:
             if param.grad is not None:
                 record.reached(param.grad, label, local=key in local)
             elif record.aside:
-                old, grad = record.restore()
-                if grad.dtype != param.dtype:
-                    param.grad_dtype = None  # an fp16 parameter may then hold an FP32 gradient
-                param.grad = grad
-                record.note(grad, old)
+                _restore(param, record)
             if param.grad is None or (not all_recorded and not record.aside and record.label is label):
                 del self._records[key]
 
@@ -314,6 +350,8 @@ class Ledger:
             grad = None if param is None else param.grad
             if param is None or grad is None or not record.holds(param, grad):
                 del self._records[key]
+            elif record.aside and grad._version != record.version and record.spent:
+                record.forget_aside()
             elif record.aside and grad._version != record.version:
                 raise RuntimeError(
                     f"the gradient of {self._name_of(param)} was edited while gradients of {len(record.aside) + 1} "
@@ -330,6 +368,15 @@ class Ledger:
     def _watched(self) -> Iterator[Tensor]:
         for optimizer in self.optimizers:
             yield from parameters(optimizer)
+
+
+def _restore(param: Tensor, record: Record) -> None:
+    """Puts what was set aside last back into `.grad`."""
+    label, grad = record.restore()
+    if grad.dtype != param.dtype:
+        param.grad_dtype = None  # an fp16 parameter may then hold an FP32 gradient
+    param.grad = grad
+    record.note(grad, label)
 
 
 def parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

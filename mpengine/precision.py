@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mpengine import distributed, weights
 from mpengine.grad_scaler import GradScaler
 from mpengine.gradients import parameters
+from mpengine.nested import mapped, tensors
 from mpengine.optimizer import MixedPrecisionOptimizer
 from mpengine.validation import check_wrappable
 
@@ -91,11 +92,11 @@ def prepare(
             "the model that owns all of them (a torch.nn.ModuleList of several, say)."
         )
     chosen = _chosen(model, keep_fp32)
-    kept = _kept(model, chosen)
+    kept = kept_modules(model, chosen)
     trained = set(map(id, parameters(optimizer)))
-    params = [p for p in _cast_params(model, kept) if id(p) in trained or not p.requires_grad]
+    params = [p for p in castable(model, kept) if id(p) in trained or not p.requires_grad]
     for param in params:
-        _check_fits(param, names[param], dtype)
+        check_fits(param, names[param], dtype, f"keep_fp32=['{names[param].rpartition('.')[0]}']")
     originals: dict[Tensor, Tensor] = {param: param.data for param in params}
     try:
         for param in params:
@@ -107,9 +108,7 @@ def prepare(
         for param, original in originals.items():
             param.data = original
         raise
-    for module in kept:
-        if not isinstance(module, _BATCH_NORMS) and _has_float32(module, below=module in chosen):
-            _compute_in_float32(module, dtype, shielded=not is_normalization("", module))
+    compute_in_float32(kept, dtype, chosen)
     weights.watch(model)
     return wrapper
 
@@ -133,23 +132,43 @@ def _chosen(model: nn.Module, keep_fp32: KeepFp32 | None) -> set[nn.Module]:
     return {module for name, module in known.items() if isinstance(module, types) or name in kinds}
 
 
-def _kept(model: nn.Module, chosen: Set[nn.Module]) -> list[nn.Module]:
+def kept_modules(model: nn.Module, chosen: Set[nn.Module] = frozenset()) -> list[nn.Module]:
     """The modules whose own parameters and buffers stay FP32: norms, the chosen ones and all below these."""
     below = {module for root in chosen for module in root.modules()}
     return [module for name, module in model.named_modules() if module in below or is_normalization(name, module)]
 
 
-def _cast_params(model: nn.Module, kept: list[nn.Module]) -> list[Tensor]:
+def castable(model: nn.Module, kept: Sequence[nn.Module]) -> list[Tensor]:
+    """The FP32 parameters of a model that no module of `kept` has."""
     spared = {id(p) for module in kept for p in module.parameters(recurse=False)}
     return [p for p in model.parameters() if id(p) not in spared and p.dtype == torch.float32]
 
 
-def _check_fits(param: Tensor, name: str, dtype: torch.dtype) -> None:
+def check_fits(param: Tensor, name: str, dtype: torch.dtype, remedy: str) -> None:
+    """Raises ValueError where a weight would become infinite."""
     if not weights.fits(param, dtype):
         raise ValueError(
             f"parameter '{name}' holds {float(param.detach().abs().max()):g}, beyond {dtype}'s largest number "
-            f"({torch.finfo(dtype).max:g}); keep its module in FP32: keep_fp32=['{name.rpartition('.')[0]}']."
+            f"({torch.finfo(dtype).max:g}); keep its module in FP32: {remedy}."
         )
+
+
+def compute_in_float32(kept: Sequence[nn.Module], dtype: torch.dtype, chosen: Set[nn.Module] = frozenset()) -> None:
+    """Lets FP32 modules among those of `dtype` take and return its activations; the user named `chosen`."""
+    for module in kept:
+        if not isinstance(module, _BATCH_NORMS) and _has_float32(module, below=module in chosen):
+            _compute_in_float32(module, dtype, shielded=not is_normalization("", module))
+
+
+def release(module: nn.Module) -> None:
+    """Undoes `compute_in_float32` for one module."""
+    for hooks, own in ((module._forward_pre_hooks, _enter), (module._forward_hooks, _leave)):
+        for key in [key for key, hook in hooks.items() if hook is own]:
+            del hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+            module._forward_hooks_with_kwargs.pop(key, None)
+            module._forward_hooks_always_called.pop(key, None)
+    module.__dict__.pop("_result_dtype", None)
 
 
 def _compute_in_float32(module: nn.Module, dtype: torch.dtype, shielded: bool) -> None:
@@ -171,9 +190,9 @@ def _compute_in_float32(module: nn.Module, dtype: torch.dtype, shielded: bool) -
 
 
 def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    tensors = list(_tensors((args, kwargs)))
-    dtypes = [t.dtype for t in tensors if t.is_floating_point()]
-    device = (tensors or list(_own_tensors(module, below=True)))[0].device.type
+    given = list(tensors((args, kwargs)))
+    dtypes = [t.dtype for t in given if t.is_floating_point()]
+    device = (given or list(_own_tensors(module, below=True)))[0].device.type
     outside = (dtypes[0] if dtypes else module.__dict__["_result_dtype"], device, torch.is_autocast_enabled(device))
     module.__dict__.setdefault("_outside", []).append(outside)
     if module.__dict__["_shielded"]:
@@ -185,33 +204,11 @@ def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
     dtype, device, autocast = module.__dict__["_outside"].pop()
     if module.__dict__["_shielded"]:
         torch.set_autocast_enabled(device, autocast)
-    return _mapped(lambda t: t.to(dtype) if t.dtype == torch.float32 else t, output) if dtype in _LOW else output
+    return mapped(lambda t: t.to(dtype) if t.dtype == torch.float32 else t, output) if dtype in _LOW else output
 
 
 def _to_float32(value: Any) -> Any:
-    return _mapped(lambda t: t.float() if t.dtype in _LOW else t, value)
-
-
-def _mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """The value with `change` applied to its tensors, in tuples, lists and dicts too."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, (list, tuple)):
-        parts = [_mapped(change, part) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    if type(value) is dict:
-        return {key: _mapped(change, part) for key, part in value.items()}
-    return value
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _tensors(part)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
+    return mapped(lambda t: t.float() if t.dtype in _LOW else t, value)
 
 
 def _own_tensors(module: nn.Module, below: bool) -> Iterator[Tensor]:

@@ -59,7 +59,7 @@ def _before_load(
         entry = state_dict.get(prefix + name)
         if entry is None or param is None or param.dtype not in _LOW or not _can_be_read(entry, param):
             continue
-        optimizer = _holder_of(param)
+        optimizer = holder_of(param)
         if entry.dtype == param.dtype:
             if optimizer is not None:
                 holdings.expect_weights(optimizer, param)
@@ -99,7 +99,8 @@ def _refuse_assign(module: nn.Module, state_dict: Mapping[str, Any], prefix: str
             )
 
 
-def _holder_of(param: Tensor) -> MixedPrecisionOptimizer | None:
+def holder_of(param: Tensor) -> MixedPrecisionOptimizer | None:
+    """The optimizer that holds a parameter's master."""
     wrappers = cast("Iterable[MixedPrecisionOptimizer]", validation.wrappers)
     holders = [holder for holder in wrappers if param in holder._masters]
     if len(holders) > 1:  # it was moved from one optimizer to another
@@ -123,7 +124,7 @@ def export(optimizer: MixedPrecisionOptimizer, model: nn.Module) -> dict[str, An
             "was given with it, or a part of it."
         )
     holders: dict[Tensor, MixedPrecisionOptimizer] = {
-        param: holder for param in named.values() if (holder := _holder_of(param)) is not None
+        param: holder for param in named.values() if (holder := holder_of(param)) is not None
     }
     for param, holder in holders.items():
         validation.check_unmoved(param, holder._masters[param], holder._steps[param].device, holder._name_of)

@@ -40,6 +40,7 @@ ORDER = [
     "backend",
     "distributed",
     "labels",
+    "nested",
     "gradients",
     "loss_scales",
     "plain",
@@ -58,7 +59,16 @@ ORDER = [
     "capturable",
     "graphs",
     "precision",
-    "amp",
+    "amp.properties",
+    "amp.overflow_log",
+    "amp.scaler",
+    "amp.optimizer",
+    "amp.casts",
+    "amp.modules",
+    "amp.state",
+    "amp.handle",
+    "amp.saved",
+    "amp.frontend",
     "integrations.lightning",
     "integrations.accelerate",
     "integrations.transformers",
@@ -66,7 +76,10 @@ ORDER = [
 
 
 def modules():
-    return {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
+    paths = {path.stem: path for path in PACKAGE.glob("*.py")} | {
+        f"amp.{path.stem}": path for path in (PACKAGE / "amp").glob("*.py")
+    }
+    return {name: path for name, path in paths.items() if path.stem != "__init__"}
 
 
 def kernel_files():
@@ -91,7 +104,7 @@ def imported(path):
         elif isinstance(node, ast.ImportFrom):
             base = "." * node.level + (node.module or "")
             names |= {base} if base not in ("mpengine", ".") else {f"{base.rstrip('.')}.{a.name}" for a in node.names}
-            if base == "mpengine.kernels":
+            if base in ("mpengine.kernels", "mpengine.amp"):
                 names |= {f"{base}.{alias.name}" for alias in node.names}
     return names
 
@@ -103,7 +116,10 @@ def test_every_module_has_its_place_in_the_order():
 @pytest.mark.parametrize("name", sorted(modules()))
 def test_imports_run_one_way(name):
     before = ORDER[: ORDER.index(name)]
-    own = {i.removeprefix("mpengine.") for i in imported(modules()[name]) if i.startswith("mpengine.")} - {"kernels"}
+    own = {i.removeprefix("mpengine.") for i in imported(modules()[name]) if i.startswith("mpengine.")} - {
+        "kernels",
+        "amp",
+    }
     assert own <= set(before), f"{name} imports {sorted(own - set(before))}, which must not stand below it"
 
 

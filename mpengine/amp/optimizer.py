@@ -1,0 +1,129 @@
+"""`AmpOptimizer`: what `initialize` returns; it stands in for the optimizer that the script made, by either name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MethodType
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from mpengine import validation
+from mpengine.amp.scaler import LossScaler
+from mpengine.gradients import parameters
+from mpengine.labels import Pending
+from mpengine.optimizer import MixedPrecisionOptimizer
+
+
+class AmpOptimizer(MixedPrecisionOptimizer):
+    """A `MixedPrecisionOptimizer` for apex's loop, without `scaler.update()`.
+
+    The wrapped optimizer's `step`, `zero_grad`, `state_dict` and `load_state_dict` become this one's, so a script may
+    go on with the object that it made.
+
+    Args:
+        optimizer: See `MixedPrecisionOptimizer`.
+        scaler: Judges the passes.
+        names: The names of parameters in their models.
+        originals: The FP32 values of parameters that were cast.
+    """
+
+    _stepping_inner = False
+    _replaced = False
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        scaler: LossScaler,
+        names: Mapping[Tensor, str],
+        originals: Mapping[Tensor, Tensor],
+    ) -> None:
+        super().__init__(optimizer, scaler, _names=names, _originals=originals)
+        own_step = optimizer.step
+
+        def step(_: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+            return own_step(*args, **kwargs) if self._stepping_inner else self.step(*args, **kwargs)
+
+        if hasattr(own_step, "_wrapped_by_lr_sched"):  # by a scheduler that warns where it does not find it again
+            step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+        optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]
+        for name in ("zero_grad", "state_dict", "load_state_dict"):
+            setattr(optimizer, name, MethodType(_same_of(self, name), optimizer))
+        optimizer.__dict__["_amp_optimizer"] = self
+
+    @property
+    def loss_scaler(self) -> LossScaler:
+        """The scaler that judges the passes."""
+        return cast(LossScaler, self._scaler)
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether some parameter is not its own master."""
+        return bool(self._masters)
+
+    def check_current(self) -> None:
+        """Raises RuntimeError where a later `initialize` has taken over."""
+        if self._replaced:
+            raise RuntimeError(
+                "this optimizer belongs to an earlier amp.initialize, and a later one was given the same model: use "
+                "what the later one returned."
+            )
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step on the pending gradients of all losses; skipped where a listed backward pass overflowed.
+
+        Raises:
+            RuntimeError: A closure was passed; a later `initialize` has replaced this optimizer; or as
+                `MixedPrecisionOptimizer.step`. Nothing has changed then.
+        """
+        if closure is not None:
+            raise RuntimeError("Currently, Amp does not support closure use with optimizers.")
+        self.check_current()
+        if all(param.grad is None for param in parameters(self)):
+            self.loss_scaler.forget(self)
+            self._inner._opt_called = True  # type: ignore[attr-defined]  # schedulers ask
+            return
+        super().step()
+
+    def retire(self) -> None:
+        """A later `initialize` takes over the parameters: from now on `step` is an error."""
+        self._replaced = True
+        validation.wrappers.discard(self)
+
+    def _step_inner(self, *args: Any) -> None:
+        self._stepping_inner = True
+        try:
+            super()._step_inner(*args)
+        finally:
+            self._stepping_inner = False
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops all pending gradients, and with them the skip that an overflow among them called for."""
+        super().zero_grad(set_to_none)
+        if self._scaler is not None:
+            self.loss_scaler.forget(self)
+
+    def unscale_pending(self) -> None:
+        """Puts the unscaled FP32 sum of what is pending into `.grad` of parameters and masters. May be called again."""
+        scaler = self.loss_scaler
+        scaler._begin_step(self)  # of unchecked passes nothing will be known afterwards
+        pending = scaler._pending(self)
+        if not self._is_unscaled(pending):
+            self._unscale()
+            scaler._ledger.unscaled(self, pending)
+
+    def _is_unscaled(self, pending: Pending) -> bool:
+        for param, labelled in zip(parameters(self), pending, strict=True):
+            if len(labelled) > 1 or any(label.scale is not None for label, _ in labelled):
+                return False
+            if labelled and param in self._masters and self._unscaled.get(param) is not labelled[0][1]:
+                return False
+        return True
+
+
+def _same_of(wrapper: AmpOptimizer, name: str) -> Any:
+    def method(_: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        return getattr(wrapper, name)(*args, **kwargs)
+
+    return method
