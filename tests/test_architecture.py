@@ -69,17 +69,29 @@ ORDER = [
     "amp.handle",
     "amp.saved",
     "amp.frontend",
+    "apex.missing",
+    "apex.modules",
+    "apex.run",
+    "apex.amp_c",
+    "apex.multi_tensor_apply",
+    "apex.normalization",
+    "apex.parallel",
+    "apex.loss_scalers",
+    "apex.fp16_optimizer",
+    "apex.fp16_utils",
     "integrations.lightning",
     "integrations.accelerate",
     "integrations.transformers",
 ]
 
+PARTS = ("amp", "apex")  # packages whose modules stand in the order, too
+
 
 def modules():
-    paths = {path.stem: path for path in PACKAGE.glob("*.py")} | {
-        f"amp.{path.stem}": path for path in (PACKAGE / "amp").glob("*.py")
-    }
-    return {name: path for name, path in paths.items() if path.stem != "__init__"}
+    paths = {path.stem: path for path in PACKAGE.glob("*.py")}
+    for part in PARTS:
+        paths |= {f"{part}.{path.stem}": path for path in (PACKAGE / part).glob("*.py")}
+    return {name: path for name, path in paths.items() if not path.stem.startswith("__")}
 
 
 def kernel_files():
@@ -104,7 +116,7 @@ def imported(path):
         elif isinstance(node, ast.ImportFrom):
             base = "." * node.level + (node.module or "")
             names |= {base} if base not in ("mpengine", ".") else {f"{base.rstrip('.')}.{a.name}" for a in node.names}
-            if base in ("mpengine.kernels", "mpengine.amp"):
+            if base in ("mpengine.kernels", *(f"mpengine.{part}" for part in PARTS)):
                 names |= {f"{base}.{alias.name}" for alias in node.names}
     return names
 
@@ -116,10 +128,8 @@ def test_every_module_has_its_place_in_the_order():
 @pytest.mark.parametrize("name", sorted(modules()))
 def test_imports_run_one_way(name):
     before = ORDER[: ORDER.index(name)]
-    own = {i.removeprefix("mpengine.") for i in imported(modules()[name]) if i.startswith("mpengine.")} - {
-        "kernels",
-        "amp",
-    }
+    own = {i.removeprefix("mpengine.") for i in imported(modules()[name]) if i.startswith("mpengine.")}
+    own -= {"kernels", *PARTS}
     assert own <= set(before), f"{name} imports {sorted(own - set(before))}, which must not stand below it"
 
 

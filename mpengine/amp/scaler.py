@@ -108,6 +108,11 @@ class LossScaler(GradScaler):
         """Forgets `found_inf`: the optimizer zeroed its gradients."""
         self._state(optimizer).found_inf = {}
 
+    def verdict(self, optimizer: MixedPrecisionOptimizer) -> bool | None:
+        """Whether its next step will be skipped; None where nothing came since its last one. Waits for the device."""
+        found_inf = self._begin_step(optimizer).found_inf.values()
+        return any(map(bool, found_inf)) if found_inf else None
+
     def has_unchecked(self, loss_id: int) -> bool:
         """Whether a pass of this loss waits to be checked, on any optimizer."""
         watched = [state.optimizer() for state in self._states.values()]

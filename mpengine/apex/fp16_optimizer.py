@@ -61,6 +61,7 @@ class FP16_Optimizer:
             max_scale=policy.max_scale,
         )
         self.loss_scaler.overflow_log = OverflowLog(enabled=verbose)
+        self._begin_log()
         self.dynamic_loss_scale = dynamic_loss_scale
         self.optimizer = AmpOptimizer(init_optimizer, self.loss_scaler, {}, {})
 
@@ -105,10 +106,7 @@ class FP16_Optimizer:
         self.update_master_grads()
         if self.overflow:
             return None
-        masters = {
-            param: self.optimizer._masters.get(param, param) for group in self.param_groups for param in group["params"]
-        }
-        return [[masters[param].grad for param in group["params"]] for group in self.param_groups]
+        return [[param.grad for param in group["params"]] for group in self.param_groups]
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:
         """One step on the pending gradients; skipped where one is not finite.
@@ -134,11 +132,9 @@ class FP16_Optimizer:
 
     @property
     def overflow(self) -> bool:
-        """Whether the pending gradients, or else the last step's, are not finite. Waits for the device."""
-        if self._pending():
-            found = self.loss_scaler.checked(self.optimizer)
-            return bool(found)
-        return self.optimizer.last_step_skipped
+        """Whether gradients overflowed: the pending ones, or else those of the last step. Waits for the device."""
+        verdict = self.loss_scaler.verdict(self.optimizer) if self._pending() else None
+        return self.optimizer.last_step_skipped if verdict is None else verdict
 
     def _pending(self) -> bool:
         return any(param.grad is not None for group in self.param_groups for param in group["params"])
@@ -154,6 +150,11 @@ class FP16_Optimizer:
         if not self.dynamic_loss_scale:
             state["mpengine"] |= {"min_scale": value, "max_scale": value}
         self.loss_scaler.load_state_dict({**state, "scale": value})
+        self._begin_log()
+
+    def _begin_log(self) -> None:
+        (state,) = self.loss_scaler.statistics()
+        self.loss_scaler.overflow_log.begin([state.scale], [state.overflows])
 
     @property
     def state(self) -> Any:
@@ -199,6 +200,7 @@ class FP16_Optimizer:
             self.loss_scaler.load_state_dict(scaler)
             raise
         self.dynamic_loss_scale = state_dict["dynamic_loss_scale"]
+        self._begin_log()
 
     def __getstate__(self) -> NoReturn:
         raise RuntimeError("FP16_Optimizer should be serialized using state_dict().")

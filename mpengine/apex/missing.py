@@ -11,7 +11,6 @@ from typing import NoReturn
 INSTEAD = {
     "amp_C": "apex.optimizers' classes, or torch.optim with fused=True",
     "apex.RNN": "torch.nn.LSTM, torch.nn.GRU and torch.nn.RNN",
-    "apex.amp.init": "apex.amp.initialize",
     "apex.contrib.bottleneck": "torchvision.models.resnet.Bottleneck",
     "apex.contrib.clip_grad": "torch.nn.utils.clip_grad_norm_",
     "apex.contrib.conv_bias_relu": "torch.nn.Conv2d and torch.nn.ReLU, fused by torch.compile",

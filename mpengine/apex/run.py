@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import runpy
 import sys
 import zipfile
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
@@ -23,7 +22,8 @@ Under torchrun: torchrun ... -m mpengine.apex SCRIPT [ARGS...]
 
 --force  also where an installed apex has amp"""
 
-_OURS = {str(Path(__file__)), str(Path(__file__).with_name("__main__.py")), runpy.__file__, "<frozen runpy>"}
+_OURS = {__file__, str(Path(__file__).with_name("__main__.py")), "<frozen runpy>"}
+_OURS |= {"<frozen importlib._bootstrap>", "<frozen importlib._bootstrap_external>", "<frozen zipimport>"}
 
 
 def main(arguments: list[str]) -> None:

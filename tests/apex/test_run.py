@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from mpengine.apex import run
 from tests.apex.worlds import printed, python, runner, write
 
 PROBE = """
@@ -12,7 +13,6 @@ import sys
 main = sys.modules["__main__"]
 print(__name__, __file__, __package__, __spec__ and __spec__.name, __builtins__, __doc__, type(__loader__).__name__)
 print(sys.argv, sys.path[0], main.__dict__ is globals(), sorted(vars(main)))
-print(1 / 2, (lambda x: int)(0).__name__, list.__class_getitem__)
 def typed(x: int): ...
 print(typed.__annotations__)
 """
@@ -42,25 +42,26 @@ def alike(cwd, *arguments):
 
 
 def test_a_script(tmp_path):
-    write(tmp_path, below__probe=PROBE)
+    write(tmp_path, {"below/probe.py": PROBE})
     (tmp_path / "link.py").symlink_to(tmp_path / "below" / "probe.py")
-    run = alike(tmp_path, "link.py", "a", "-m", "--force", "b c")
-    assert str(["link.py", "a", "-m", "--force", "b c"]) in printed(run)
+    done = alike(tmp_path, "link.py", "a", "-m", "--force", "b c")
+    assert str(["link.py", "a", "-m", "--force", "b c"]) in printed(done)
 
 
 def test_a_module(tmp_path):
-    write(tmp_path, pack____init__="", pack__inner=PROBE)
+    write(tmp_path, {"pack/__init__.py": "", "pack/inner.py": PROBE})
     assert "pack.inner" in printed(alike(tmp_path, "-m", "pack.inner", "--help", "x"))
 
 
 def test_a_package(tmp_path):
-    write(tmp_path, pack____init__="", pack____main__=PROBE)
+    write(tmp_path, {"pack/__init__.py": "", "pack/__main__.py": PROBE})
     assert "pack.__main__" in printed(alike(tmp_path, "-m", "pack"))
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["folder", "zip"])
 def test_a_folder(tmp_path, packed):
-    write(tmp_path, app____main__="import sys, helper\nprint(helper.x, sys.argv, sys.path[0])\n", app__helper="x = 3\n")
+    main = "import sys, helper\nprint(helper.x, sys.argv, sys.path[0])\n"
+    write(tmp_path, {"app/__main__.py": main, "app/helper.py": "x = 3\n"})
     name = "app"
     if packed:
         name = shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path / "app")
@@ -68,38 +69,40 @@ def test_a_folder(tmp_path, packed):
 
 
 def test_an_error_shows_the_scripts_own_traceback(tmp_path):
-    write(tmp_path, fails=FAILS)
-    run = alike(tmp_path, "fails.py")
-    assert run.returncode == 1
-    assert "mpengine" not in run.stderr
+    write(tmp_path, {"fails.py": FAILS})
+    done = alike(tmp_path, "fails.py")
+    assert done.returncode == 1
+    assert "mpengine" not in done.stderr
 
 
 def test_an_exit_code(tmp_path):
-    write(tmp_path, fails=FAILS)
+    write(tmp_path, {"fails.py": FAILS})
     assert alike(tmp_path, "fails.py", "exit").returncode == 7
 
 
 def test_a_syntax_error(tmp_path):
-    write(tmp_path, wrong="x = = 2\n")
+    write(tmp_path, {"wrong.py": "x = = 2\n"})
     assert "SyntaxError" in alike(tmp_path, "wrong.py").stderr
 
 
 @pytest.mark.parametrize("arguments", [("absent.py",), ("-m", "absent"), ("-m", "json")], ids=" ".join)
 def test_nothing_to_run(tmp_path, arguments):
-    run = alike(tmp_path, *arguments)
-    assert run.returncode != 0
-    assert run.stderr
+    done = alike(tmp_path, *arguments)
+    assert done.returncode != 0
+    assert done.stderr
 
 
-@pytest.mark.parametrize("arguments", [(), ("-m",), ("--unknown", "x.py"), ("--force",)], ids=str)
-def test_usage(tmp_path, arguments):
-    run = runner(*arguments, cwd=tmp_path)
-    assert (run.returncode, run.stdout) == (2, "")
-    assert run.stderr.startswith("usage: python -m mpengine.apex [--force] SCRIPT")
+@pytest.mark.parametrize("arguments", [[], ["-m"], ["--unknown", "x.py"], ["--force"]], ids=str)
+def test_usage(capsys, arguments):
+    with pytest.raises(SystemExit) as caught:
+        run.main(arguments)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: python -m mpengine.apex [--force] SCRIPT")
 
 
-def test_help(tmp_path):
-    assert "torchrun" in printed(runner("--help", cwd=tmp_path))
+def test_help(capsys):
+    run.main(["--help"])
+    assert "torchrun" in capsys.readouterr().out
 
 
 # What the script finds.
@@ -136,17 +139,19 @@ assert mpengine.apex.install() == mpengine.apex.install() == "provided"
 assert mpengine.apex.install(force=True) == "provided"
 assert apex is __import__("apex")
 print("good")
-""".replace("NORM", "(torch.zeros(1), [[torch.tensor([3.0, 4.0])]])").replace("import apex\n", "import apex, torch\n", 1)
+""".replace("NORM", "(torch.zeros(1), [[torch.tensor([3.0, 4.0])]])").replace(
+    "import apex\n", "import apex, torch\n", 1
+)
 
 
 def test_imports_of_every_kind(tmp_path):
-    write(tmp_path, imports=IMPORTS)
+    write(tmp_path, {"imports.py": IMPORTS})
     assert printed(runner("imports.py", cwd=tmp_path)) == "good\n"
 
 
 def test_install_from_code(tmp_path):
     code = "import mpengine.apex\nprint(mpengine.apex.install())\n" + IMPORTS
-    write(tmp_path, imports=code)
+    write(tmp_path, {"imports.py": code})
     assert printed(python("imports.py", cwd=tmp_path)) == "provided\ngood\n"
 
 
@@ -166,7 +171,7 @@ print([caught.getvalue()])
 
 
 def test_messages_are_printed_as_apex_did(tmp_path):
-    write(tmp_path, messages=MESSAGES)
+    write(tmp_path, {"messages.py": MESSAGES})
     assert printed(runner("messages.py", cwd=tmp_path)) == "Gradient overflow.\n['elsewhere\\n']\n"
 
 
@@ -189,27 +194,27 @@ if __name__ == "__main__":
 
 
 def test_processes_that_it_spawns_find_apex_too(tmp_path):
-    write(tmp_path, spawns=SPAWNS)
+    write(tmp_path, {"spawns.py": SPAWNS})
     assert sorted(printed(runner("spawns.py", cwd=tmp_path)).splitlines()) == ["apex.amp", "in the child"]
 
 
 # Another apex is installed.
 
 INSTALLED = {
-    "apex____init__": "__version__ = '25.06'\nfrom . import optimizers\n",
-    "apex__optimizers____init__": "class FusedAdam: theirs = True\n",
-    "apex__contrib____init__": "",
-    "apex__contrib__xentropy": "theirs = True\n",
-    "apex__normalization____init__": "class FusedLayerNorm: theirs = True\n",
-    "amp_C": "theirs = True\ndef multi_tensor_scale(): ...\n",
+    "apex/__init__.py": "__version__ = '25.06'\nfrom . import optimizers\n",
+    "apex/optimizers/__init__.py": "class FusedAdam: theirs = True\n",
+    "apex/contrib/__init__.py": "",
+    "apex/contrib/xentropy.py": "theirs = True\n",
+    "apex/normalization/__init__.py": "class FusedLayerNorm: theirs = True\n",
+    "amp_C.py": "theirs = True\ndef multi_tensor_scale(): ...\n",
 }
 ASKS = """
 import mpengine
 from apex import amp
-import amp_C, apex, apex.normalization, apex.parallel.distributed, apex.optimizers
+import amp_C, apex, apex.normalization, apex.parallel.distributed
 answer = mpengine.apex.install()
-print(answer, getattr(amp, "theirs", False), hasattr(amp_C, "theirs"), getattr(apex, "__version__", None))
-print(hasattr(apex.optimizers, "theirs"), hasattr(apex.normalization.FusedLayerNorm, "theirs"))
+print(answer, hasattr(amp, "theirs"), hasattr(amp_C, "theirs"), getattr(apex, "__version__", None))
+print(hasattr(apex.normalization.FusedLayerNorm, "theirs"))
 if answer == "completed":
     from apex.contrib.xentropy import theirs
     from apex.optimizers import FusedAdam
@@ -218,31 +223,24 @@ if answer == "completed":
     assert apex.amp is amp and apex.parallel.DistributedDataParallel
     assert amp.initialize is mpengine.amp.initialize
 """
+WITH_AMP = INSTALLED | dict.fromkeys(("apex/parallel/__init__.py", "apex/parallel/distributed.py"), "")
+WITH_AMP["apex/amp.py"] = "theirs = True\n"
+BROKEN = {"apex/__init__.py": "from pyramid.session import absent\n", "apex/amp.py": "theirs = True\n"}
+
+STATES = {
+    "without amp": (INSTALLED, [], "completed False True 25.06\nTrue\n"),
+    "with amp": (WITH_AMP, [], "kept True True 25.06\nTrue\n"),
+    "with amp, forced": (WITH_AMP, ["--force"], "provided False False None\nFalse\n"),
+    "another package of that name": (BROKEN, [], "provided False False None\nFalse\n"),
+}
 
 
-def test_an_installed_apex_without_amp_is_completed(tmp_path):
-    write(tmp_path / "installed", **INSTALLED)
-    write(tmp_path, asks=ASKS)
-    answer = printed(runner("asks.py", cwd=tmp_path, path=tmp_path / "installed"))
-    assert answer == "completed False True 25.06\nFalse True\n"
-
-
-WITH_AMP = INSTALLED | {"apex__amp": "theirs = True\n", "apex__parallel__distributed": "", "apex__parallel____init__": ""}
-
-
-@pytest.mark.parametrize("force", [False, True])
-def test_an_installed_apex_with_amp_is_kept_unless_forced(tmp_path, force):
-    write(tmp_path / "installed", **WITH_AMP)
-    write(tmp_path, asks=ASKS.replace(", apex.optimizers\n", "\n").replace("print(hasattr(apex.opt", "0 and (hasattr(apex.opt"))
-    options = ["--force"] if force else []
-    answer = printed(runner(*options, "asks.py", cwd=tmp_path, path=tmp_path / "installed"))
-    assert answer == ("provided False False None\n" if force else "kept True True 25.06\n")
-
-
-def test_another_package_of_that_name_is_replaced(tmp_path):
-    write(tmp_path / "installed", apex____init__="from pyramid.session import absent\n", apex__amp="theirs = True\n")
-    write(tmp_path, asks="import mpengine\nfrom apex import amp\nprint(mpengine.apex.install(), hasattr(amp, 'theirs'))\n")
-    assert printed(runner("asks.py", cwd=tmp_path, path=tmp_path / "installed")) == "provided False\n"
+@pytest.mark.parametrize("state", STATES)
+def test_another_apex_is_installed(tmp_path, state):
+    files, options, answer = STATES[state]
+    write(tmp_path / "installed", files)
+    write(tmp_path, {"asks.py": ASKS})
+    assert printed(runner(*options, "asks.py", cwd=tmp_path, path=tmp_path / "installed")) == answer
 
 
 RANKS = """
@@ -274,8 +272,8 @@ dist.destroy_process_group()
 
 
 def test_under_torchrun(tmp_path):
-    write(tmp_path, ranks=RANKS)
+    write(tmp_path, {"ranks.py": RANKS})
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run = python("-W", "default", *torchrun, "-m", "mpengine.apex", "ranks.py", "--lr", "1", cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
+    done = python("-W", "default", *torchrun, "-m", "mpengine.apex", "ranks.py", "--lr", "1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert [(tmp_path / f"done{rank}").read_text() for rank in range(2)] == ["ranks.py --lr 1"] * 2

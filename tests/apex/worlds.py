@@ -35,9 +35,9 @@ def printed(run: subprocess.CompletedProcess[str]) -> str:
     return run.stdout
 
 
-def write(folder: Path, **files: str) -> None:
-    """Writes files; a name's double underscores are slashes: apex__amp is apex/amp.py."""
+def write(folder: Path, files: dict[str, str]) -> None:
+    """Writes files; the names are paths below the folder."""
     for name, text in files.items():
-        path = folder / (name.replace("__", "/") + ".py")
+        path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)

@@ -32,6 +32,7 @@ parser.add_argument("--netD", default="", help="path to netD (to continue traini
 parser.add_argument("--outf", default=".")
 parser.add_argument("--manualSeed", type=int, default=2809)
 parser.add_argument("--images", type=int, default=1797)
+parser.add_argument("--lossWeight", type=float, default=1.0, help="large ones make the first steps overflow")
 parser.add_argument("--opt_level", default="O1")
 opt = parser.parse_args()
 print(opt)
@@ -99,7 +100,7 @@ netD.apply(weights_init)
 if opt.netD != "":
     netD.load_state_dict(torch.load(opt.netD))
 
-criterion = nn.BCEWithLogitsLoss()
+criterion = nn.BCEWithLogitsLoss(weight=torch.tensor(opt.lossWeight, device=device))
 fixed_noise = torch.randn(opt.batchSize, opt.nz, 1, 1, device=device)
 real_label, fake_label = 1, 0
 optimizerD = optim.Adam(netD.parameters(), lr=opt.lr, betas=(opt.beta1, 0.999))
@@ -144,12 +145,12 @@ for epoch in range(opt.niter):
         optimizerG.step()
 
         print(
-            "[%d/%d][%d/%d] Loss_D: %.4f Loss_G: %.4f D(x): %.4f D(G(z)): %.4f / %.4f"
-            % (epoch, opt.niter, i, len(dataloader), errD.item(), errG.item(), D_x, D_G_z1, D_G_z2)
+            f"[{epoch}/{opt.niter}][{i}/{len(dataloader)}] Loss_D: {errD.item():.4f} Loss_G: {errG.item():.4f} "
+            f"D(x): {D_x:.4f} D(G(z)): {D_G_z1:.4f} / {D_G_z2:.4f}"
         )
         if i % 100 == 0:
-            torch.save(real_cpu, "%s/real_samples.pt" % opt.outf)
-            torch.save(netG(fixed_noise).detach(), "%s/fake_samples_epoch_%03d.pt" % (opt.outf, epoch))
+            torch.save(real_cpu, f"{opt.outf}/real_samples.pt")
+            torch.save(netG(fixed_noise).detach(), f"{opt.outf}/fake_samples_epoch_{epoch:03d}.pt")
 
-    torch.save(netG.state_dict(), "%s/netG_epoch_%d.pth" % (opt.outf, epoch))
-    torch.save(netD.state_dict(), "%s/netD_epoch_%d.pth" % (opt.outf, epoch))
+    torch.save(netG.state_dict(), f"{opt.outf}/netG_epoch_{epoch}.pth")
+    torch.save(netD.state_dict(), f"{opt.outf}/netD_epoch_{epoch}.pth")
