@@ -7,7 +7,15 @@ symlink mpengine/kernels gives them the same name, for bare use and for type che
 from setuptools import setup
 
 setup(
-    packages=["mpengine", "mpengine.amp", "mpengine.apex", "mpengine.integrations", "mpengine.kernels"],
+    packages=[
+        "mpengine",
+        "mpengine.amp",
+        "mpengine.apex",
+        "mpengine.integrations",
+        "mpengine.kernels",
+        "mpengine.kernels.rules",
+        "mpengine.rules",
+    ],
     package_dir={"mpengine.kernels": "kernels"},
     package_data={"mpengine": ["py.typed"]},
 )

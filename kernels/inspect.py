@@ -48,12 +48,9 @@ from .fields import (
     TALLY,
 )
 from .gradients import gradient, pending, share, source, unscaled
+from .sums import GROUP, UNIT, add, finish
 
-# Squares are added up as multiples of this, so that the sum of a lane (at most 64 squares) stays below FP32's limit
-# whenever each of its squares does.
-_ROOT_UNIT = tl.constexpr(16.0)
-_UNIT = tl.constexpr(256.0)
-_GROUP = tl.constexpr(4)  # neighbours in one thread's registers at every layout of a block: adding them up is local
+_ROOT_UNIT = tl.constexpr(16.0)  # squared: UNIT
 
 
 @triton.jit(do_not_specialize=["num_losses"])
@@ -103,12 +100,12 @@ def _inspect_kernel(
 
 @triton.jit
 def _read_one(first, source_ptr, tally_ptr, aligned, start, size, KINDS: tl.constexpr, BLOCK: tl.constexpr):
-    """The sum of squares (see `_finish`) of a tensor that has one source; counts it in the same pass."""
+    """The sum of squares (see `finish`) of a tensor that has one source; counts it in the same pass."""
     offsets = tl.arange(0, BLOCK)
-    squares = tl.zeros((BLOCK // _GROUP,), tl.float32)
-    lost = tl.zeros((BLOCK // _GROUP,), tl.float32)
-    small = tl.zeros((BLOCK // _GROUP,), tl.float32)
-    largest = tl.zeros((BLOCK // _GROUP,), tl.float32)
+    squares = tl.zeros((BLOCK // GROUP,), tl.float32)
+    lost = tl.zeros((BLOCK // GROUP,), tl.float32)
+    small = tl.zeros((BLOCK // GROUP,), tl.float32)
+    largest = tl.zeros((BLOCK // GROUP,), tl.float32)
     inv_scale = tl.div_rn(1.0, first[1])  # see `share`
     tiny = _smallest_normal(first[2], KINDS)
     full = 0
@@ -117,18 +114,18 @@ def _read_one(first, source_ptr, tally_ptr, aligned, start, size, KINDS: tl.cons
     for offset in range(0, full, 2 * BLOCK):  # two blocks at a time: twice the bytes in flight
         a = gradient(first, start + offset, offsets, None, KINDS)
         b = gradient(first, start + offset + BLOCK, offsets, None, KINDS)
-        squares, lost = _add(squares, lost, _square(a, inv_scale, KINDS))
-        squares, lost = _add(squares, lost, _square(b, inv_scale, KINDS))
+        squares, lost = add(squares, lost, _square(a, inv_scale, KINDS))
+        squares, lost = add(squares, lost, _square(b, inv_scale, KINDS))
         small, largest = _tally(small, largest, a, tiny, None, BLOCK)
         small, largest = _tally(small, largest, b, tiny, None, BLOCK)
     for offset in range(full, size, BLOCK):
         mask = offset + offsets < size
         a = gradient(first, start + offset, offsets, mask, KINDS)
-        squares, lost = _add(squares, lost, _square(a, inv_scale, KINDS))
+        squares, lost = add(squares, lost, _square(a, inv_scale, KINDS))
         small, largest = _tally(small, largest, a, tiny, mask, BLOCK)
     biggest = tl.max(largest) * inv_scale
     _store_tally(source_ptr, tally_ptr, tl.sum(small).to(tl.int32), biggest, size)
-    square_sum = _finish(squares, lost)
+    square_sum = finish(squares, lost)
     return tl.where(biggest * biggest < float("inf"), square_sum, float("inf"))  # as if squares were added as they are
 
 
@@ -145,31 +142,31 @@ def _read_several(
     KINDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The sum of squares (see `_finish`) of the total; then counts each source, while the chunk is in the cache."""
+    """The sum of squares (see `finish`) of the total; then counts each source, while the chunk is in the cache."""
     offsets = tl.arange(0, BLOCK)
-    squares = tl.zeros((BLOCK // _GROUP,), tl.float32)
-    lost = tl.zeros((BLOCK // _GROUP,), tl.float32)
+    squares = tl.zeros((BLOCK // GROUP,), tl.float32)
+    lost = tl.zeros((BLOCK // GROUP,), tl.float32)
     full = 0
     if aligned:
         full = size // BLOCK * BLOCK
     for offset in range(0, full, BLOCK):  # two blocks at a time would spill
         a = unscaled(first, source_ptr, count, start + offset, offsets, None, SOURCES, KINDS)
-        squares, lost = _add(squares, lost, (a * a) * (1.0 / _UNIT))
+        squares, lost = add(squares, lost, (a * a) * (1.0 / UNIT))
     for offset in range(full, size, BLOCK):
         mask = offset + offsets < size
         a = unscaled(first, source_ptr, count, start + offset, offsets, mask, SOURCES, KINDS)
-        squares, lost = _add(squares, lost, (a * a) * (1.0 / _UNIT))
+        squares, lost = add(squares, lost, (a * a) * (1.0 / UNIT))
     for k in range(0, count):
         _tally_source(source_ptr + k * SOURCE, tally_ptr, aligned, start, size, KINDS, BLOCK)
-    return _finish(squares, lost)
+    return finish(squares, lost)
 
 
 @triton.jit
 def _tally_source(source_ptr, tally_ptr, aligned, start, size, KINDS: tl.constexpr, BLOCK: tl.constexpr):
     row = source(source_ptr)
     offsets = tl.arange(0, BLOCK)
-    small = tl.zeros((BLOCK // _GROUP,), tl.float32)
-    largest = tl.zeros((BLOCK // _GROUP,), tl.float32)
+    small = tl.zeros((BLOCK // GROUP,), tl.float32)
+    largest = tl.zeros((BLOCK // GROUP,), tl.float32)
     tiny = _smallest_normal(row[2], KINDS)
     full = 0
     if aligned:
@@ -194,8 +191,8 @@ def _tally(small, largest, g, tiny, mask, BLOCK: tl.constexpr):
     below = size < tiny
     if mask is not None:
         below = below & mask
-    below = tl.reshape(tl.where(below, 1.0, 0.0), (BLOCK // _GROUP, _GROUP))
-    size = tl.reshape(size, (BLOCK // _GROUP, _GROUP))
+    below = tl.reshape(tl.where(below, 1.0, 0.0), (BLOCK // GROUP, GROUP))
+    size = tl.reshape(size, (BLOCK // GROUP, GROUP))
     return small + tl.sum(below, axis=1), tl.maximum(largest, tl.max(size, axis=1))
 
 
@@ -218,42 +215,15 @@ def _store_tally(source_ptr, tally_ptr, small, largest, size):
 
 
 @triton.jit
-def _finish(squares, lost):
-    """The sum of squares over `size` elements, float64; inf where it is not finite."""
-    total = tl.sum(squares.to(tl.float64) + lost.to(tl.float64)) * _UNIT
-    return tl.where(total < float("inf"), total, float("inf"))  # inf - inf, once infinite
-
-
-@triton.jit
 def _square(g, inv_scale, KINDS: tl.constexpr):
-    """The square of the unscaled gradient, as a multiple of _UNIT."""
+    """The square of the unscaled gradient, as a multiple of UNIT."""
     if KINDS == ONLY_FLOAT16:  # one multiplication less; where the factor is so small that it rounds, squares are 0
         x = g * (inv_scale * (1.0 / _ROOT_UNIT))
         square = x * x
     else:
         x = g * inv_scale
-        square = (x * x) * (1.0 / _UNIT)
+        square = (x * x) * (1.0 / UNIT)
     return square
-
-
-@triton.jit
-def _add(squares, lost, square):
-    """Adds each group of neighbours to one sum: few sums in registers leave room for more threads."""
-    even, odd = tl.split(tl.reshape(square, (square.shape[0] // 2, 2)))
-    a, c = tl.split(tl.reshape(even, (square.shape[0] // _GROUP, 2)))
-    b, d = tl.split(tl.reshape(odd, (square.shape[0] // _GROUP, 2)))
-    squares, lost = _add_exactly(squares, lost, a)
-    squares, lost = _add_exactly(squares, lost, b)
-    squares, lost = _add_exactly(squares, lost, c)
-    return _add_exactly(squares, lost, d)
-
-
-@triton.jit
-def _add_exactly(squares, lost, square):
-    """Adds to `squares`, and what the addition rounds away, exactly, to `lost` (Dekker's Fast2Sum)."""
-    total = squares + square
-    lost += tl.minimum(squares, square) - (total - tl.maximum(squares, square))
-    return total, lost
 
 
 @triton.jit

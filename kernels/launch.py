@@ -22,8 +22,11 @@ from torch import Tensor
 from . import layout
 from .decide import _decide_kernel
 from .inspect import _inspect_kernel
-from .rules import RULES, SCALAR_FUNCTIONS
+from .measure import _measure_kernel
+from .rules import MEASURES, RULES, SCALAR_FUNCTIONS, SETTLES
+from .rules.arithmetic import given
 from .scale import _update_scale_kernel
+from .settle import _settle_kernel
 from .update import _update_kernel
 
 # FP32 operations in the written order: no multiply-add is contracted. The loops are too short to be worth pipelining.
@@ -31,6 +34,7 @@ _OPTIONS = {"enable_fp_fusion": False, "num_stages": 1}
 _WARPS = 8
 _THREADS = 32 * _WARPS
 _DECIDE_WARPS = 16  # its one program has the device to itself
+_SETTLE_WARPS = 4  # a program has a tensor's partial sums to add up: one for 16,384 elements
 _FLOAT32_BIT = 1 << layout.FLOAT32
 
 
@@ -41,6 +45,10 @@ class Named(Protocol):
     def name(self) -> str:
         """Its key in `rules.RULES` or `rules.SCALAR_FUNCTIONS`."""
 
+    @property
+    def kernels(self) -> Any:
+        """The functions of a declared one, which are in no table; else None."""
+
 
 class Rule(Named, Protocol):
     """`mpengine.rules.Rule`, as far as the launchers read it."""
@@ -48,6 +56,22 @@ class Rule(Named, Protocol):
     @property
     def slots(self) -> tuple[str, ...]:
         """The names of its state tensors."""
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The names of its numbers for each tensor."""
+
+    @property
+    def norms(self) -> int:
+        """How many norms it needs of each tensor."""
+
+
+class Norms(Protocol):
+    """`mpengine.masters.Norms`, as far as the launchers read it."""
+
+    chunks: Tensor
+    spans: Tensor
+    partials: Tensor
 
 
 class Table(Protocol):
@@ -68,6 +92,10 @@ class Table(Protocol):
     @property
     def update_chunks(self) -> Mapping[Any, Tensor]:
         """The chunks of each rule's tensors."""
+
+    @property
+    def norms(self) -> Mapping[Any, Norms]:
+        """What is measured of the tensors of each rule that settles."""
 
     @property
     def param_kinds(self) -> Iterable[int]:
@@ -172,8 +200,49 @@ def decide(
             votes,
         ),
         (len(table.rows), found.shape[-1], found.shape[0], partials.numel()),
-        (None if family is None else SCALAR_FUNCTIONS[family.name], sources.width, 32 * _DECIDE_WARPS),
+        (None if family is None else _scalars_of(family), sources.width, 32 * _DECIDE_WARPS),
         _DECIDE_WARPS,
+    )
+
+
+def measure(table: Table, sources: Sources, rule: Rule, decision: Tensor) -> None:
+    """Writes `table.norms[rule].partials`: sums of squares of what the rule measures, for tensors with a gradient."""
+    norms = table.norms[rule]
+    programs = len(norms.chunks)
+    if programs == 0:
+        return
+    _launch_again(
+        table,
+        f"measure {rule.name}",
+        _measure_kernel,
+        programs,
+        (table.rows, sources.rows, norms.chunks, table.scalars, decision, norms.partials),
+        (),
+        (
+            _own(rule, "measure", MEASURES),
+            rule.norms,
+            len(rule.slots),
+            sources.width,
+            _bits(sources.kinds),
+            layout.INSPECT_CHUNK,
+            layout.UPDATE_CHUNK,
+        ),
+        _WARPS,
+    )
+
+
+def settle(table: Table, sources: Sources, rule: Rule, decision: Tensor) -> None:
+    """From norms and cells of each tensor with a gradient to the scalars that `update` reads, and the new cells."""
+    norms = table.norms[rule]
+    _launch_again(
+        table,
+        f"settle {rule.name}",
+        _settle_kernel,
+        len(norms.spans),
+        (table.rows, sources.rows, norms.spans, table.scalars, decision, norms.partials),
+        (),
+        (_own(rule, "settle", SETTLES), rule.norms, len(rule.cells), sources.width, 32 * _SETTLE_WARPS),
+        _SETTLE_WARPS,
     )
 
 
@@ -191,7 +260,7 @@ def update(table: Table, sources: Sources, rule: Rule, decision: Tensor) -> None
         programs,
         (table.rows, sources.rows, chunks, table.scalars, decision),
         (),
-        (RULES[rule.name], len(rule.slots), sources.width, *kinds, layout.UPDATE_CHUNK),
+        (_own(rule, "update", RULES), len(rule.slots), sources.width, *kinds, layout.UPDATE_CHUNK),
         _WARPS,
     )
 
@@ -208,6 +277,15 @@ def update_scale(scale: Tensor, previous: Tensor, counters: Tensor, votes: Tenso
     """
     arguments = scale, previous, counters, votes, policy, scale.numel(), votes.shape[0]
     _launch(_update_scale_kernel, 1, scale.device, arguments, (32,), 1)
+
+
+def _own(rule: Rule, kind: str, table: Mapping[str, Any]) -> Any:
+    """A rule's function on the device: the declared one, or the built-in one of its name."""
+    return table[rule.name] if rule.kernels is None else getattr(rule.kernels, kind)
+
+
+def _scalars_of(family: Named) -> Any:
+    return SCALAR_FUNCTIONS[family.name] if family.kernels is None else family.kernels.scalars or given
 
 
 _binaries: dict[tuple[Any, ...], Any] = {}

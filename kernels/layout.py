@@ -12,7 +12,9 @@ MAX_SLOTS = 3
 NUMEL = 5
 GROUP = 6
 FORMAT = 7  # kind of the parameter, + ALIGNED when parameter, master and slots all lie on 16 bytes
-ROW = 8
+CELL_PTR = 8  # and CELL_PTR + 1, ... + MAX_CELLS - 1: float32 numbers of the tensor
+MAX_CELLS = 2
+ROW = 10
 
 # A row of the source table: int64[T, SOURCES, SOURCE]. The first source of an idle tensor has GRAD_PTR 0.
 GRAD_PTR = 0
@@ -38,7 +40,7 @@ NO_VOTE, CLEAN, OVERFLOW, STALE_OVERFLOW = 0, 1, 2, 3
 VOTE = 2
 
 # Hyperparameters of a group: float64[G, HYPER]. Scalars of a tensor at this step: float32[T, SCALARS].
-HYPER = 8
+HYPER = 10
 SCALARS = 12
 
 # A schedule: float64[SCHEDULE_ROWS, G, SCHEDULE_WIDTH] values, and int64[SCHEDULE]: what they are. The step reads the
@@ -75,5 +77,11 @@ COUNTERS = 7
 GROWTH_FACTOR, BACKOFF_FACTOR, GROWTH_INTERVAL, MIN_SCALE, MAX_SCALE, HYSTERESIS = range(6)
 POLICY = 6
 
-INSPECT_CHUNK = 16384  # elements a program of inspect reads
+# What measure finds, and settle turns into norms: float64[P, NORMS] sums of squares, a row for each program of measure;
+# int32[n, SPAN] says of each of the n tensors of a rule which one it is, and which rows are its own.
+NORMS = 2
+SPAN_TENSOR, SPAN_START, SPAN_STOP = 0, 1, 2
+SPAN = 3
+
+INSPECT_CHUNK = 16384  # elements a program of inspect or measure reads
 UPDATE_CHUNK = 1024  # elements a program of update writes

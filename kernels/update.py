@@ -98,28 +98,43 @@ def _update_block(
     KINDS: tl.constexpr,
     PARAM_KINDS: tl.constexpr,
 ):
-    first, source_ptr, count, state, param, scalars_ptr, clip = work
-    master_ptr = element_ptr(state[0], start, mask, tl.float32) + offsets
-    master = read(master_ptr, mask)
-    slot_ptrs = ()
+    pointers, values = read_block(work, start, offsets, mask, SLOTS, SOURCES, KINDS)
+    master, grad, slots, scalars = values
+
+    master, slots = RULE(master, grad, slots, scalars)
+
+    write(pointers[0], master, mask)
+    for i in tl.static_range(SLOTS):
+        write(pointers[1 + i], slots[i], mask)
+    if PARAM_KINDS != 0:
+        param_address, param_kind = work[4]
+        if param_address != 0:
+            _write_param(param_address, param_kind, start, offsets, master, mask, PARAM_KINDS)
+
+
+@triton.jit
+def read_block(
+    work,  # what the tables say of this tensor
+    start,
+    offsets,
+    mask,
+    SLOTS: tl.constexpr,
+    SOURCES: tl.constexpr,
+    KINDS: tl.constexpr,
+):
+    """Pointers to a block of master and slots; and what a rule gets: master, gradient, slots, scalars."""
+    first, source_ptr, count, state, _, scalars_ptr, clip = work
+    pointers = (element_ptr(state[0], start, mask, tl.float32) + offsets,)
+    master = read(pointers[0], mask)
     slots = ()
     for i in tl.static_range(SLOTS):
-        slot_ptrs = slot_ptrs + (element_ptr(state[1 + i], start, mask, tl.float32) + offsets,)
-        slots = slots + (read(slot_ptrs[i], mask),)
+        pointers = pointers + (element_ptr(state[1 + i], start, mask, tl.float32) + offsets,)
+        slots = slots + (read(pointers[1 + i], mask),)
     total = unscaled(first, source_ptr, count, start, offsets, mask, SOURCES, KINDS)
     scalars = ()
     for j in tl.static_range(SCALARS):  # those that the rule does not use are never loaded
         scalars = scalars + (tl.load(scalars_ptr + j),)
-
-    master, slots = RULE(master, total * clip, slots, scalars)
-
-    write(master_ptr, master, mask)
-    for i in tl.static_range(SLOTS):
-        write(slot_ptrs[i], slots[i], mask)
-    if PARAM_KINDS != 0:
-        param_address, param_kind = param
-        if param_address != 0:
-            _write_param(param_address, param_kind, start, offsets, master, mask, PARAM_KINDS)
+    return pointers, (master, total * clip, slots, scalars)
 
 
 @triton.jit

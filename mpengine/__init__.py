@@ -1,6 +1,6 @@
 """mpengine: fp16 training with FP32 master weights, a dynamic scale for every loss, and one fused step."""
 
-from mpengine import amp, graphs, reference, rules, schedules
+from mpengine import amp, graphs, optim, reference, rules, schedules
 from mpengine.grad_scaler import GradScaler
 from mpengine.optimizer import MixedPrecisionOptimizer
 from mpengine.precision import prepare
@@ -17,6 +17,7 @@ __all__ = [
     "Report",
     "amp",
     "graphs",
+    "optim",
     "prepare",
     "reference",
     "rules",

@@ -40,7 +40,7 @@ def pack(optimizer: MixedPrecisionOptimizer) -> dict[str, Any]:
             steps = int(own.get("step", optimizer._steps[param]))  # the user may have set it since the last step
             if "step" in own:
                 own["step"] = torch.tensor(float(steps))
-            if "momentum_buffer" in own and steps == 0:
+            if "momentum_buffer" in own and steps == 0 and not optimizer._family.counts_steps:
                 own["momentum_buffer"] = None
         if param in optimizer._masters:
             own[MASTER] = holdings.seen(optimizer, param)
@@ -84,6 +84,7 @@ def load(optimizer: MixedPrecisionOptimizer, state_dict: dict[str, Any]) -> None
         group.clear()
         group.update(loaded)
     optimizer._register(also=[param for param, saved in state_by_param.items() if saved])
+    initial = _initial(optimizer)
     for param in parameters(optimizer):
         saved = state_by_param.get(param, {})
         if param not in optimizer._steps:
@@ -94,7 +95,7 @@ def load(optimizer: MixedPrecisionOptimizer, state_dict: dict[str, Any]) -> None
         if optimizer._family is None:
             _load_inner(optimizer, param, own)
         else:
-            _load_fused(optimizer, param, own)
+            _load_fused(optimizer, param, own, initial[param])
     optimizer._register()
     optimizer._note_state()
     optimizer._counts = _counts_of(state_dict)
@@ -115,18 +116,29 @@ def largest_step(states: Iterable[Mapping[str, Any]]) -> int:
     return max((int(own.get("step", 0)) for own in states), default=0)
 
 
-def _load_fused(optimizer: MixedPrecisionOptimizer, param: Tensor, own: dict[str, Any]) -> None:
+def _initial(optimizer: MixedPrecisionOptimizer) -> dict[Tensor, Mapping[str, float]]:
+    """For each parameter what its state holds before the first step, where that is not 0."""
+    family = optimizer._family
+    if family is None:
+        return {}
+    return {param: family.initial(group) for group in optimizer.param_groups for param in group["params"]}
+
+
+def _load_fused(
+    optimizer: MixedPrecisionOptimizer, param: Tensor, own: dict[str, Any], initial: Mapping[str, float]
+) -> None:
     """Copies slots in place, where they are there; resets those that the saved state does not have."""
     state = optimizer.state[param]
     for name, value in own.items():
         if name != "step" and isinstance(value, Tensor):
             if name not in state:
-                state[name] = torch.empty_strided(param.shape, param.stride(), dtype=torch.float32, device=param.device)
+                like = param if value.shape == param.shape else value
+                state[name] = torch.empty_strided(like.shape, like.stride(), dtype=torch.float32, device=param.device)
             state[name].copy_(value)
     for name in state:
         if name != "step" and own.get(name) is None:
-            state[name].zero_()
-    steps = own.get("step", 0 if own.get("momentum_buffer") is None else 1)
+            state[name].fill_(initial.get(name, 0.0))
+    steps = own.get("step", 0 if own.get("momentum_buffer") is None else 1)  # SGD counts none, but from the first on
     optimizer._steps[param].fill_(int(steps))
 
 

@@ -27,13 +27,15 @@ from torch import Tensor
 
 from mpengine import cpu_blocks, reference, workers
 from mpengine.cpu_blocks import ROWS, Block, Reading, buffers
-from mpengine.cpu_rules import RULES
+from mpengine.cpu_rules import RULES, in_place
 from mpengine.kernels import layout
 from mpengine.masters import TensorTable, flat
 from mpengine.rules import Rule
 from mpengine.sources import SourceTable
 
 decide = reference.decide
+measure = reference.measure
+settle = reference.settle
 update_scale = reference.update_scale
 
 
@@ -164,7 +166,7 @@ def update(table: TensorTable, sources: SourceTable, rule: Rule, decision: Tenso
     task = _Update(
         cpu_blocks.readings_of(sources),
         _views_of(table),
-        RULES[rule.name],
+        RULES.get(rule.name) or in_place(rule.update),
         rows,
         # As arrays without a dimension, which NumPy takes faster than its own numbers, or Python's.
         {row: [values[j, ...] for j in range(layout.SCALARS)] for row, values in zip(rows, scalars, strict=True)},

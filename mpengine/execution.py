@@ -19,7 +19,7 @@ from mpengine.kernels import layout
 from mpengine.labels import Pending
 from mpengine.masters import DeviceSchedule, Entry, TensorTable, arena, same_layout
 from mpengine.plain import cast_votes
-from mpengine.rules import ASSIGN, Family
+from mpengine.rules import ASSIGN, BUILT_IN, Family
 from mpengine.sources import Ballot, Column, Source, SourceTable
 from mpengine.tally import Tally, counted
 from mpengine.upload import Mirror, is_capturing, to_device
@@ -67,6 +67,8 @@ class _Device:
 
     def __init__(self, device: torch.device, positions: list[int], entries: list[Entry], num_losses: int) -> None:
         self.device, self.positions = device, positions
+        if device.type == "cuda":
+            _check_kernels(entries)
         self.table = TensorTable(entries, num_losses, device)
         self.sources = SourceTable(device)
         self.hyper, self.max_norm = _Numbers(device), _Numbers(device)
@@ -77,6 +79,16 @@ class _Device:
     def own(self, grads: list[Tensor | None]) -> list[Tensor | None]:
         """The gradients of this device's tensors, of those of all parameters."""
         return grads if self._every and len(grads) == len(self.positions) else [grads[i] for i in self.positions]
+
+
+def _check_kernels(entries: Iterable[Entry]) -> None:
+    """Raises RuntimeError where a rule is to run on CUDA and has no functions for it."""
+    for rule in dict.fromkeys(entry.rule for entry in entries):
+        if rule not in BUILT_IN and rule.kernels is None:
+            raise RuntimeError(
+                f"rule '{rule.name}' has no Triton functions, and its parameters lie on CUDA. Give their twins to "
+                "declare(kernels=...), or step FP32 weights with the optimizer by itself."
+            )
 
 
 class Execution:
@@ -211,8 +223,13 @@ class Execution:
     def update(self) -> None:
         """Applies the rules, where the decision is to step."""
         for d in self._devices:
+            module = backend.of(d.device)
             for rule in d.table.update_chunks:
-                backend.of(d.device).update(d.table, d.sources, rule, d.table.decision)
+                if rule.measure is not None:
+                    module.measure(d.table, d.sources, rule, d.table.decision)
+                if rule.settle is not None:
+                    module.settle(d.table, d.sources, rule, d.table.decision)
+                module.update(d.table, d.sources, rule, d.table.decision)
 
     def release(self) -> None:
         """Lets go of the gradients, so that zeroing them frees their memory."""

@@ -44,7 +44,7 @@ def register(optimizer: MixedPrecisionOptimizer, originals: Mapping[Tensor, Tens
         for param, master in zip(halves, arena(halves, fill=None), strict=True):
             masters[param] = torch.nn.Parameter(master.copy_(originals.get(param, param)))
         for param in local:
-            filled = optimizer.state.get(param, {}).get("momentum_buffer") is not None
+            filled = optimizer.state.get(param, {}).get("momentum_buffer") is not None  # SGD's counts from then
             held[param] = torch.full((), int(filled), dtype=torch.int32, device=device)
     if new:
         optimizer._agreed.mark(new)
@@ -52,36 +52,47 @@ def register(optimizer: MixedPrecisionOptimizer, originals: Mapping[Tensor, Tens
         for g, group in enumerate(optimizer.param_groups):
             params = [p for p in group["params"] if p in held]
             rule = _rule(optimizer, g)
-            _make_slots(optimizer, params, rule)
+            _make_state(optimizer, params, rule, optimizer._family.initial(group))
             _forget_unfilled(optimizer, params, optimizer._family, rule)
             if optimizer._family.counts_steps:
                 _share_counts(optimizer, params)
 
 
-def _make_slots(optimizer: MixedPrecisionOptimizer, params: list[Tensor], rule: Rule) -> None:
-    """Puts the state of the rule into tensors that the kernels can step: what is there is kept, else zeros."""
-    for param in params if rule.slots else ():
+def _make_state(
+    optimizer: MixedPrecisionOptimizer, params: list[Tensor], rule: Rule, initial: Mapping[str, float]
+) -> None:
+    """Puts the state of the rule into tensors that the kernels can step: what is there is kept, else as at first."""
+    family = optimizer._family
+    assert family is not None
+    for param in params if rule.slots or rule.cells or family.counts_steps else ():
         if param not in optimizer.state:
             optimizer.state[param] = noted({}, optimizer._agreed)
-    for name in rule.slots:
+    for name in (*rule.slots, *rule.cells):
         for device in dict.fromkeys(p.device for p in params):
-            unfit = [p for p in params if p.device == device and not _fits(optimizer.state[p].get(name), p)]
-            for param, slot in zip(unfit, arena(unfit), strict=True):
+            local = [(p, _shaped_as(p, name, rule)) for p in params if p.device == device]
+            unfit = [(p, like) for p, like in local if not _fits(optimizer.state[p].get(name), like)]
+            fresh = arena([like for _, like in unfit], fill=initial.get(name, 0.0))
+            for (param, like), tensor in zip(unfit, fresh, strict=True):
                 before = optimizer.state[param].get(name)
                 if before is not None:
-                    validation.check_slot(param, name, before, optimizer._name_of)
-                    slot.copy_(before)
-                elif name == "momentum_buffer":
+                    validation.check_slot(param, name, before, like.shape, optimizer._name_of)
+                    tensor.copy_(before)
+                elif not family.counts_steps:
                     optimizer._steps[param].zero_()  # torch's first momentum buffer is the gradient itself
-                optimizer.state[param][name] = slot
+                optimizer.state[param][name] = tensor
 
 
-def _fits(slot: Any, param: Tensor) -> bool:
+def _shaped_as(param: Tensor, name: str, rule: Rule) -> Tensor:
+    """A tensor of the shape, strides and device of a slot, or of a cell."""
+    return param if name in rule.slots else param.new_empty(())
+
+
+def _fits(tensor: Any, like: Tensor) -> bool:
     return (
-        isinstance(slot, Tensor)
-        and slot.dtype == torch.float32
-        and slot.device == param.device
-        and same_layout(slot, param)
+        isinstance(tensor, Tensor)
+        and tensor.dtype == torch.float32
+        and tensor.device == like.device
+        and same_layout(tensor, like)
     )
 
 
@@ -115,7 +126,8 @@ def entries(optimizer: MixedPrecisionOptimizer) -> dict[int, Entry]:
                     (moved,) = arena([param], fill=None)
                     master.data = moved.copy_(master.detach())
                 slots = tuple(optimizer.state[param][name] for name in rule.slots)
-                found[position] = Entry(param, master, slots, g, rule, master is not param)
+                cells = tuple(optimizer.state[param][name] for name in rule.cells)
+                found[position] = Entry(param, master, slots, g, rule, master is not param, cells)
             position += 1
     return found
 
@@ -190,10 +202,11 @@ def is_current(optimizer: MixedPrecisionOptimizer, execution: Execution) -> bool
                 or memory_of(param) != execution.memory[position]
             ):
                 return False
-            elif rule.slots:
+            elif optimizer._family is not None:
                 state, count = optimizer.state.get(param, {}), optimizer._steps[param]
+                names, tensors = (*rule.slots, *rule.cells), (*entry.slots, *entry.cells)
                 if state.get("step", count) is not count or any(
-                    state.get(name) is not slot for name, slot in zip(rule.slots, entry.slots, strict=True)
+                    state.get(name) is not tensor for name, tensor in zip(names, tensors, strict=True)
                 ):
                     return False
             position += 1

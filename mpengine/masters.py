@@ -34,6 +34,7 @@ class Entry:
         group: Index of its param group.
         rule: The update rule.
         write_back: Whether the step writes `master`, rounded, into `param`.
+        cells: The rule's FP32 numbers of this tensor, of no dimension, in the order of `rule.cells`.
     """
 
     param: Tensor
@@ -42,6 +43,7 @@ class Entry:
     group: int
     rule: Rule
     write_back: bool
+    cells: tuple[Tensor, ...] = ()
 
 
 class DeviceSchedule(NamedTuple):
@@ -104,6 +106,27 @@ def _chunks(indices: Sequence[int], numels: Sequence[int], chunk: int) -> np.nda
     return np.stack([owner, number.astype(np.int32)], axis=1)
 
 
+class Norms:
+    """What `measure` finds of the tensors of one rule, and `settle` reads.
+
+    Attributes:
+        chunks: int32[P, 2], (tensor, chunk) of each program of measure.
+        partials: float64[P, layout.NORMS], each program's sums of squares.
+        spans: int32[n, layout.SPAN]: each tensor, and where its rows of `partials` begin and end.
+    """
+
+    def __init__(self, indices: Sequence[int], numels: Sequence[int], device: torch.device) -> None:
+        chunks = _chunks(indices, numels, layout.INSPECT_CHUNK)
+        ends = np.cumsum([-(-n // layout.INSPECT_CHUNK) for n in numels], dtype=np.int64)
+        spans = np.zeros((len(indices), layout.SPAN), dtype=np.int32)
+        spans[:, layout.SPAN_TENSOR] = indices
+        spans[1:, layout.SPAN_START] = ends[:-1]
+        spans[:, layout.SPAN_STOP] = ends
+        self.chunks = to_device(chunks, device)
+        self.spans = to_device(spans, device)
+        self.partials = torch.zeros(len(chunks), layout.NORMS, dtype=torch.float64, device=device)
+
+
 class TensorTable:
     """All tensors of an optimizer on one device, and what the kernels keep about each.
 
@@ -112,6 +135,7 @@ class TensorTable:
         rows: int64[T, layout.ROW].
         inspect_chunks: int32[P, 2], (tensor, chunk) of each program of inspect.
         update_chunks: The same for update, for each rule that occurs.
+        norms: What is measured of the tensors of each rule that settles.
         steps: int32[T], steps that each tensor has taken.
         scalars: float32[T, layout.SCALARS], written by decide, read by update.
         stamps: int32[T, L], the attempt at which a loss last overflowed in this tensor; 0: never.
@@ -134,6 +158,8 @@ class TensorTable:
             row[layout.MASTER_PTR] = entry.master.data_ptr()
             for i, slot in enumerate(entry.slots):
                 row[layout.SLOT_PTR + i] = slot.data_ptr()
+            for i, cell in enumerate(entry.cells):
+                row[layout.CELL_PTR + i] = cell.data_ptr()
             row[layout.NUMEL] = entry.param.numel()
             row[layout.GROUP] = entry.group
             aligned = layout.ALIGNED if _aligned(entry.param, entry.master, *entry.slots) else 0
@@ -143,10 +169,13 @@ class TensorTable:
         every = range(len(self.entries))
         self.inspect_chunks = to_device(_chunks(every, numels, layout.INSPECT_CHUNK), device)
         self.update_chunks: dict[Rule, Tensor] = {}
+        self.norms: dict[Rule, Norms] = {}
         for rule in dict.fromkeys(e.rule for e in self.entries):
             chosen = [i for i in every if self.entries[i].rule == rule]
             chunks = _chunks(chosen, [numels[i] for i in chosen], layout.UPDATE_CHUNK)
             self.update_chunks[rule] = to_device(chunks, device)
+            if rule.settle is not None:
+                self.norms[rule] = Norms(chosen, [numels[i] for i in chosen], device)
         count = len(self.entries)
         self.steps = torch.zeros(count, dtype=torch.int32, device=device)
         self.scalars = torch.zeros(count, layout.SCALARS, dtype=torch.float32, device=device)

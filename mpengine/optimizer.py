@@ -41,7 +41,8 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
         scaler: Where the gradients' scales come from. None: gradients are taken as they are (bf16), or
             `torch.amp.GradScaler` drives the step. A step whose gradients are not finite is skipped either way.
         max_grad_norm: Clips the unscaled gradient of all parameters to this norm, as
-            `torch.nn.utils.clip_grad_norm_` does, in the same pass; None: no clipping.
+            `torch.nn.utils.clip_grad_norm_` does, in the same pass; None: no clipping, unless the optimizer clips by
+            itself (LAMB).
 
     Raises:
         TypeError: `optimizer` cannot be wrapped (LBFGS, SparseAdam, another wrapper, no optimizer at all), or `scaler`
@@ -69,7 +70,7 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
         self._inner = optimizer
         self._family = family_of(optimizer)
         self._scaler: GradScaler | None = None
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm = optimizer.defaults.get("max_grad_norm") or None if max_grad_norm is None else max_grad_norm
         self._execution: Execution | None = None
         self._masters: dict[Tensor, Tensor] = {}  # of fp16 and bf16 parameters that are trained
         self._steps: dict[Tensor, Tensor] = {}  # int32, 0-dim; has every parameter that is trained

@@ -15,14 +15,14 @@ decide    -> skip or not, the clip coefficient, step counts, per-tensor scalars,
 update    -> total * clip through the rule into master and slots; param = rounded master
 ```
 
-and `update_scale` moves the scales. Element loops are blocked so that a block's temporaries stay in the cache.
+and `update_scale` moves the scales. A rule that needs norms of each tensor, or keeps a number for it, has `measure`
+and `settle` before its update. Element loops are blocked so that a block's temporaries stay in the cache.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from mpengine.kernels import layout
 from mpengine.masters import DeviceSchedule, TensorTable, flat
-from mpengine.rules import Family, Rule
+from mpengine.rules import BUILT_IN, FAMILIES, Family, Rule
 from mpengine.scaling import ScalePolicy, ScaleState, Vote, next_state
 from mpengine.sources import Source, SourceTable
 
@@ -166,7 +166,7 @@ def decide(
             )
             rows = now[groups]
             steps = np.maximum(table.steps.numpy(), 1)  # a tensor that has never stepped: 0 would divide by 0
-            columns = SCALAR_FUNCTIONS[family.name](rows.T, steps)
+            columns = SCALAR_FUNCTIONS.get(family.name, family.scalars)(rows.T, steps)
             for column, values in enumerate(columns):
                 table.scalars[:, column] = torch.from_numpy(np.broadcast_to(values, len(groups)).astype(np.float32))
     if votes is not None:
@@ -205,7 +205,7 @@ def update(table: TensorTable, sources: SourceTable, rule: Rule, decision: Tenso
     if bool(decision[layout.SKIP] != 0):
         return
     clip = float(decision[layout.CLIP])
-    step = RULES[rule.name]
+    step = RULES.get(rule.name, rule.update)
     for entry, pending, scalars in zip(table.entries, sources.entries, table.scalars.tolist(), strict=True):
         if not pending or entry.rule != rule:
             continue
@@ -222,6 +222,54 @@ def update(table: TensorTable, sources: SourceTable, rule: Rule, decision: Tenso
                 slot.copy_(new)
             if entry.write_back:
                 param[here] = new_master
+
+
+@torch.no_grad()
+def measure(table: TensorTable, sources: SourceTable, rule: Rule, decision: Tensor) -> None:
+    """Writes `table.norms[rule].partials`: sums of squares of what the rule measures, for tensors with a gradient.
+
+    Each square is rounded to FP32, the sum is of float64. Here the first program of a tensor holds all of its sums.
+    """
+    if rule.measure is None or bool(decision[layout.SKIP] != 0):
+        return
+    norms, clip = table.norms[rule], float(decision[layout.CLIP])
+    norms.partials.zero_()
+    scalars = table.scalars.tolist()
+    for i, first, _ in norms.spans.tolist():
+        entry, start = table.entries[i], 0
+        for total, _ in _unscaled_blocks(sources.entries[i]):
+            here = slice(start, start + total.numel())
+            start += total.numel()
+            slots = tuple(flat(slot)[here] for slot in entry.slots)
+            measured = rule.measure(flat(entry.master)[here], total * clip, slots, scalars[i])
+            for j, x in enumerate(measured):
+                norms.partials[first, j] += (x * x).sum(dtype=torch.float64)
+
+
+@torch.no_grad()
+def settle(table: TensorTable, sources: SourceTable, rule: Rule, decision: Tensor) -> None:
+    """From norms and cells of each tensor with a gradient to the scalars that `update` reads, and the new cells."""
+    if rule.settle is None or bool(decision[layout.SKIP] != 0):
+        return
+    norms = table.norms[rule]
+    spans = [span for span in norms.spans.tolist() if sources.entries[span[layout.SPAN_TENSOR]]]
+    if not spans:
+        return
+    chosen = [i for i, _, _ in spans]
+    sums = np.array([norms.partials[start:stop].sum(dim=0).numpy() for _, start, stop in spans])
+    cells = [[table.entries[i].cells[j] for i in chosen] for j in range(len(rule.cells))]
+    with np.errstate(all="ignore"):
+        c, settled = rule.settle(
+            list(table.scalars[chosen].double().numpy().T),
+            [np.sqrt(column) for column in sums.T[: rule.norms]],
+            [np.array([float(cell) for cell in column]) for column in cells],
+        )
+        for j, values in enumerate(c):
+            rounded = np.broadcast_to(values, len(chosen)).astype(np.float32)
+            table.scalars[chosen, j] = torch.from_numpy(rounded)
+        for column, values in zip(cells, settled, strict=True):
+            for cell, value in zip(column, np.broadcast_to(values, len(chosen)).astype(np.float32), strict=True):
+                cell.fill_(float(value))
 
 
 def update_scale(scale: Tensor, previous: Tensor, counters: Tensor, votes: Tensor, policy: Tensor) -> None:
@@ -270,103 +318,6 @@ def inverse(scale: Tensor | None) -> float:
         return float(np.float32(np.float64(1.0) / float(scale)))
 
 
-def sqrt_rn(x: Tensor) -> Tensor:
-    """The correctly rounded FP32 square root (torch's own, on a CPU, is not)."""
-    return torch.from_numpy(np.sqrt(x.numpy()))
-
-
-# The rules. Each returns new tensors; scalars are FP32 values held in Python floats.
-
-
-def power(base: Any, exponent: np.ndarray) -> np.ndarray:
-    """base**exponent in float64 by repeated squaring: the same 31 multiplications here and on the device."""
-    result = np.ones(len(exponent))
-    factor = np.array(np.broadcast_to(base, len(exponent)))
-    for bit in range(31):
-        result = np.where((exponent >> bit) & 1 == 1, result * factor, result)
-        factor = factor * factor
-    return result
-
-
-def assign(p: Tensor, g: Tensor, slots: tuple[Tensor, ...], c: Sequence[float]) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The gradient itself."""
-    return g, ()
-
-
-def sgd_scalars(h: np.ndarray, step: np.ndarray) -> list[np.ndarray]:
-    """From (lr, momentum, dampening, weight_decay, nesterov, maximize) and the step count."""
-    lr, momentum, dampening, weight_decay, nesterov, maximize = h[:6]
-    sign = 1.0 - 2.0 * maximize
-    grad_factor = np.where(step == 1, 1.0, 1.0 - dampening)  # the first momentum buffer is the gradient
-    return [sign, weight_decay, lr, momentum, grad_factor, nesterov]
-
-
-def sgd(p: Tensor, g: Tensor, slots: tuple[Tensor, ...], c: Sequence[float]) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Gradient descent: `p -= lr * (g + weight_decay * p)`. Semantics: `torch.optim.SGD`."""
-    sign, weight_decay, lr = c[:3]
-    g = g * sign + p * weight_decay
-    return p - g * lr, ()
-
-
-def sgd_momentum(
-    p: Tensor, g: Tensor, slots: tuple[Tensor, ...], c: Sequence[float]
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Gradient descent with (Nesterov) momentum. Semantics: `torch.optim.SGD`."""
-    sign, weight_decay, lr, momentum, grad_factor, nesterov = c[:6]
-    (buffer,) = slots
-    g = g * sign + p * weight_decay
-    buffer = buffer * momentum + g * grad_factor
-    direction = g + buffer * momentum if nesterov else buffer
-    return p - direction * lr, (buffer,)
-
-
-def adam_scalars(h: np.ndarray, step: np.ndarray) -> list[np.ndarray]:
-    """From (lr, beta1, beta2, eps, weight_decay, maximize, decoupled) and the step count."""
-    lr, beta1, beta2, eps, weight_decay, maximize, decoupled = h[:7]
-    bias_correction1 = 1.0 - power(beta1, step)
-    bias_correction2 = 1.0 - power(beta2, step)
-    return [
-        1.0 - 2.0 * maximize,
-        np.where(decoupled != 0, 0.0, weight_decay),
-        np.where(decoupled != 0, 1.0 - lr * weight_decay, 1.0),
-        1.0 - beta1,
-        beta2,
-        1.0 - beta2,
-        1.0 / np.sqrt(bias_correction2),
-        lr / bias_correction1,
-        eps,
-    ]
-
-
-def adam(p: Tensor, g: Tensor, slots: tuple[Tensor, ...], c: Sequence[float]) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Adam (Kingma & Ba 2015) and AdamW (Loshchilov & Hutter 2019). Semantics: `torch.optim.Adam`, `AdamW`."""
-    p, m, v = _adam_moments(p, g, slots[0], slots[1], c)
-    return _adam_step(p, m, v, c), (m, v)
-
-
-def adam_amsgrad(
-    p: Tensor, g: Tensor, slots: tuple[Tensor, ...], c: Sequence[float]
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Adam with the largest second moment so far (Reddi et al. 2018)."""
-    p, m, v = _adam_moments(p, g, slots[0], slots[1], c)
-    largest = torch.maximum(slots[2], v)
-    return _adam_step(p, m, largest, c), (m, v, largest)
-
-
-def _adam_moments(p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
-    sign, coupled_decay, decay_factor, one_minus_beta1, beta2, one_minus_beta2 = c[:6]
-    g = g * sign + p * coupled_decay
-    p = p * decay_factor
-    way = g - m  # torch's lerp: from the nearer end, so that beta1 = 0 gives g itself
-    m = g - way * (1.0 - one_minus_beta1) if one_minus_beta1 >= 0.5 else m + way * one_minus_beta1
-    v = v * beta2 + (g * one_minus_beta2) * g
-    return p, m, v
-
-
-def _adam_step(p: Tensor, m: Tensor, v: Tensor, c: Sequence[float]) -> Tensor:
-    inverse_root_correction, step_size, eps = c[6:9]
-    return p - (m / (sqrt_rn(v) * inverse_root_correction + eps)) * step_size
-
-
-SCALAR_FUNCTIONS = {"sgd": sgd_scalars, "adam": adam_scalars}
-RULES = {"assign": assign, "sgd": sgd, "sgd_momentum": sgd_momentum, "adam": adam, "adam_amsgrad": adam_amsgrad}
+# A table, so that the tests' sabotage finds one place.
+SCALAR_FUNCTIONS = {family.name: family.scalars for family in FAMILIES}
+RULES = {rule.name: rule.update for rule in BUILT_IN}

@@ -97,7 +97,8 @@ def check(optimizer: MixedPrecisionOptimizer, param: Tensor, saved: dict[str, An
     own = {key: value for key, value in saved.items() if key not in (MASTER, "step")}
     if family is not None:
         unknown = sorted(set(own) - set(family.slots))
-        missing = sorted(set(family.variant(group).slots) - set(own)) if own and family.counts_steps else []
+        kept = {*family.variant(group).slots, *family.variant(group).cells}
+        missing = sorted(kept - set(own)) if own and family.counts_steps else []
         if family.counts_steps and own and "step" not in saved:
             missing.append("step")
         if not family.counts_steps and "step" in saved:
@@ -114,12 +115,14 @@ def check(optimizer: MixedPrecisionOptimizer, param: Tensor, saved: dict[str, An
     for key, value in slots.items():
         if value is not None and not _is_dense_float(value):
             raise ValueError(f"the saved {key} of {name} must be a floating-point tensor, not {value!r:.60}.")
-        if value is not None and value.shape != param.shape:
+        shape = torch.Size() if family is not None and key in family.variant(group).cells else param.shape
+        if value is not None and value.shape != shape:
             raise ValueError(
                 f"the saved {key} of {name} has shape {tuple(value.shape)}, the parameter {tuple(param.shape)}; build "
                 "the model as it was when the state was saved."
             )
-    empty = [key for key, value in slots.items() if value is None and key != "momentum_buffer"]
+    starts_empty = family is not None and not family.counts_steps  # a momentum buffer that no step has filled
+    empty = [key for key, value in slots.items() if value is None and (key == MASTER or not starts_empty)]
     if empty:
         raise ValueError(f"the saved {empty[0]} of {name} is None; it must be a floating-point tensor.")
 

@@ -124,13 +124,15 @@ def refuse_raw_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) ->
         )
 
 
-def check_slot(param: Tensor, name: str, value: Any, name_of: Callable[[Tensor], str | None]) -> None:
+def check_slot(
+    param: Tensor, name: str, value: Any, shape: torch.Size, name_of: Callable[[Tensor], str | None]
+) -> None:
     """Raises ValueError where an entry of `optimizer.state[param]` cannot be the state of its parameter."""
-    if not isinstance(value, Tensor) or value.shape != param.shape:
+    if not isinstance(value, Tensor) or value.shape != shape:
         what = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise ValueError(
-            f"state['{name}'] of {name_of(param)} is {what}; it must be a tensor of shape {tuple(param.shape)}, as "
-            "the parameter is."
+            f"state['{name}'] of {name_of(param)} is {what}; it must be a tensor of shape {tuple(shape)}, as "
+            "the rule needs it for this parameter."
         )
 
 

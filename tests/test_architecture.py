@@ -21,7 +21,14 @@ PACKAGE = ROOT / "mpengine"
 ORDER = [
     "kernels.layout",
     "scaling",
+    "rules.declaration",
+    "rules.arithmetic",
+    "rules.sgd",
+    "rules.adam",
+    "rules.lamb",
+    "rules.own",
     "rules",
+    "optim",
     "unroll",
     "schedules",
     "upload",
@@ -69,8 +76,10 @@ ORDER = [
     "amp.handle",
     "amp.saved",
     "amp.frontend",
+    "amp",
     "apex.missing",
     "apex.modules",
+    "apex",
     "apex.run",
     "apex.amp_c",
     "apex.multi_tensor_apply",
@@ -84,18 +93,21 @@ ORDER = [
     "integrations.transformers",
 ]
 
-PARTS = ("amp", "apex")  # packages whose modules stand in the order, too
+FOLDERS = ("", "rules", "amp", "apex")
 
 
 def modules():
-    paths = {path.stem: path for path in PACKAGE.glob("*.py")}
-    for part in PARTS:
-        paths |= {f"{part}.{path.stem}": path for path in (PACKAGE / part).glob("*.py")}
-    return {name: path for name, path in paths.items() if not path.stem.startswith("__")}
+    """Every module but the kernels and the integrations; a package has the name of its folder."""
+    found = {}
+    for path in [path for folder in FOLDERS for path in (PACKAGE / folder).glob("*.py")]:
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+        if name and path.stem != "__main__":
+            found[name] = path
+    return found
 
 
 def kernel_files():
-    return sorted((ROOT / "kernels").glob("*.py"))
+    return sorted((ROOT / "kernels").rglob("*.py"))
 
 
 def _runtime(tree):
@@ -116,7 +128,7 @@ def imported(path):
         elif isinstance(node, ast.ImportFrom):
             base = "." * node.level + (node.module or "")
             names |= {base} if base not in ("mpengine", ".") else {f"{base.rstrip('.')}.{a.name}" for a in node.names}
-            if base in ("mpengine.kernels", *(f"mpengine.{part}" for part in PARTS)):
+            if base in ("mpengine.kernels", "mpengine.amp", "mpengine.apex"):
                 names |= {f"{base}.{alias.name}" for alias in node.names}
     return names
 
@@ -129,7 +141,7 @@ def test_every_module_has_its_place_in_the_order():
 def test_imports_run_one_way(name):
     before = ORDER[: ORDER.index(name)]
     own = {i.removeprefix("mpengine.") for i in imported(modules()[name]) if i.startswith("mpengine.")}
-    own -= {"kernels", *PARTS}
+    own -= {"kernels", name, name.partition(".")[0]}
     assert own <= set(before), f"{name} imports {sorted(own - set(before))}, which must not stand below it"
 
 
@@ -138,7 +150,7 @@ def test_the_kernels_are_a_leaf(path):
     """They import nothing of mpengine but each other."""
     for name in imported(path):
         assert name.split(".")[0] != "mpengine", f"{path.name} imports {name}"
-        assert not name.startswith(".."), f"{path.name} imports {name}"
+        assert not name.startswith("." * (1 + len(path.relative_to(ROOT / "kernels").parts))), f"{path.name}: {name}"
 
 
 def test_nobody_imports_plain_kernels():
@@ -252,14 +264,12 @@ def test_the_public_face():
     assert hints["return"] is mpengine.MixedPrecisionOptimizer
 
 
-def test_every_rule_stands_in_the_reference_and_in_the_kernels():
-    from mpengine import cpu_rules, reference
+def test_every_built_in_rule_stands_in_the_kernels():
+    from mpengine.kernels import rules as kernels
 
-    declared = {v.name: v for v in vars(rules).values() if isinstance(v, rules.Rule)}
-    assert set(declared) == set(reference.RULES) == set(cpu_rules.RULES)
-    tree = ast.parse((ROOT / "kernels" / "rules.py").read_text())
-    tables = {
-        n.targets[0].id: n.value for n in tree.body if isinstance(n, ast.Assign) and isinstance(n.value, ast.Dict)
-    }
-    for table, names in (("RULES", reference.RULES), ("SCALAR_FUNCTIONS", reference.SCALAR_FUNCTIONS)):
-        assert [key.value for key in tables[table].keys] == list(names)
+    for rule in rules.BUILT_IN:
+        assert rule.name in kernels.RULES
+        assert (rule.name in kernels.MEASURES) == (rule.measure is not None), rule.name
+        assert (rule.name in kernels.SETTLES) == (rule.settle is not None), rule.name
+    assert set(kernels.RULES) == {rule.name for rule in rules.BUILT_IN}
+    assert set(kernels.SCALAR_FUNCTIONS) == {family.name for family in rules.FAMILIES}

@@ -144,8 +144,8 @@ SABOTAGE = {  # name: (file, text, its replacement, words of the bound that brea
     "fused": ("kernels/launch.py", '"enable_fp_fusion": False', '"enable_fp_fusion": True', "fma.rn.f32"),
     "twice": (
         "kernels/update.py",
-        "    write(master_ptr, master, mask)\n",
-        "    write(master_ptr, master, mask)\n    slots = (slots[0] + read(slot_ptrs[1], mask), slots[1])\n",
+        "    write(pointers[0], master, mask)\n",
+        "    write(pointers[0], master, mask)\n    slots = (slots[0] + read(pointers[2], mask), slots[1])\n",
         "32 bytes a parameter",
     ),
 }

@@ -110,12 +110,15 @@ class Builder:
     def entry(self, i: int, spec: Spec, rule: rules.Rule) -> Entry:
         master = self.normal(spec)
         slots = [self.lay(f"slot {j} of {i}", self.normal(spec).abs(), spec.misaligned) for j in range(len(rule.slots))]
+        cells = tuple(
+            self.lay(f"cell {j} of {i}", torch.rand((), generator=self.generator)) for j in range(len(rule.cells))
+        )
         if spec.dtype is SINGLE and rule is not rules.ASSIGN:
             param = self.lay(f"param {i}", master, spec.misaligned)
-            return Entry(param, param, tuple(slots), spec.group, rule, write_back=False)
+            return Entry(param, param, tuple(slots), spec.group, rule, write_back=False, cells=cells)
         param = self.lay(f"param {i}", master.to(spec.dtype), spec.misaligned)
         master = self.lay(f"master {i}", master, spec.misaligned)
-        return Entry(param, master, tuple(slots), spec.group, rule, write_back=True)
+        return Entry(param, master, tuple(slots), spec.group, rule, write_back=True, cells=cells)
 
     def sources(self, i: int, spec: Spec, scales: list[Tensor | None]) -> list[Source]:
         found = []
@@ -184,6 +187,14 @@ def run_decide(world: World, module: Any) -> None:
     )
 
 
+def run_measure(world: World, module: Any) -> None:
+    for rule in world.table.update_chunks:
+        if rule.measure is not None:
+            module.measure(world.table, world.sources, rule, world.table.decision)
+        if rule.settle is not None:
+            module.settle(world.table, world.sources, rule, world.table.decision)
+
+
 def run_update(world: World, module: Any) -> None:
     for rule in world.table.update_chunks:
         module.update(world.table, world.sources, rule, world.table.decision)
@@ -207,6 +218,10 @@ def check(problem: Problem, steps: int = 2, module: Any = launch) -> World:
         for world, path in others:
             run_decide(world, path)
             assert_same_decision(expected, world)
+            assert_same(expected, world)
+        run_measure(expected, reference)
+        for world, path in others:
+            run_measure(world, path)
             assert_same(expected, world)
         run_update(expected, reference)
         for world, path in others:

@@ -1,0 +1,29 @@
+"""What the rules compute with beyond `+ - * /`: in the same steps, and so with the same bits, on every device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def power(base: Any, exponent: np.ndarray) -> np.ndarray:
+    """base**exponent in float64 by repeated squaring: the same 31 multiplications here and on the device.
+
+    Args:
+        base: float64, a number or one for each tensor.
+        exponent: Integers in [0, 2^31), shape (tensors,).
+    """
+    result = np.ones(len(exponent))
+    factor = np.array(np.broadcast_to(base, len(exponent)))
+    for bit in range(31):
+        result = np.where((exponent >> bit) & 1 == 1, result * factor, result)
+        factor = factor * factor
+    return result
+
+
+def sqrt_rn(x: Tensor) -> Tensor:
+    """The correctly rounded FP32 square root (torch's own, on a CPU, is not)."""
+    return torch.from_numpy(np.sqrt(x.numpy())) if x.device.type == "cpu" else torch.sqrt(x)
