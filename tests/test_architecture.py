@@ -68,6 +68,7 @@ ORDER = [
     "precision",
     "amp.properties",
     "amp.overflow_log",
+    "amp.verdicts",
     "amp.scaler",
     "amp.optimizer",
     "amp.casts",

@@ -100,19 +100,19 @@ def initialize(
     first, lowest, highest = scale_bounds(properties.loss_scale, min_loss_scale, max_loss_scale)
     if cast_model_outputs is not None and not getattr(cast_model_outputs, "is_floating_point", False):
         raise ValueError(f"cast_model_outputs is {cast_model_outputs!r}; it must be a floating-point torch.dtype.")
+    overflow_log = OverflowLog(enabled=verbosity > 0)
     scaler = LossScaler(
-        "cpu",
-        first,
+        overflow_log,
+        init_scale=first,
         growth_interval=2000 if properties.loss_scale == "dynamic" else 2**31 - 1,
         num_losses=num_losses,
         min_scale=lowest,
         max_scale=highest,
     )
+    overflow_log.begin([first] * num_losses, [0] * num_losses)
     amp = state.Amp(properties, scaler, model_list, verbosity)
     wrappers = _build(amp, model_list, optimizer_list, cast_model_outputs)
     if verbosity > 0:
-        scaler.overflow_log = OverflowLog()
-        scaler.overflow_log.begin([first] * num_losses, [0] * num_losses)
         logger.info("Selected optimization level %s: %s", properties.opt_level, properties)
     returned = model_list if isinstance(models, (list, tuple)) else models
     if optimizers is None:

@@ -58,7 +58,7 @@ def scale_loss(
         return
     scaler = amp.scaler
     scaler._check_loss_id(loss_id)
-    scaler.recall(amp.optimizers)
+    scaler.verdicts.review()
     joins = loss_id in amp.delayed and scaler.has_unchecked(loss_id)
     scaled: Tensor = scaler.scale(loss, loss_id)
     try:

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from mpengine import validation
+from mpengine import plain, validation
 from mpengine.amp.scaler import LossScaler
 from mpengine.gradients import parameters
 from mpengine.labels import Pending
@@ -81,7 +81,7 @@ class AmpOptimizer(MixedPrecisionOptimizer):
             raise RuntimeError("Currently, Amp does not support closure use with optimizers.")
         self.check_current()
         if all(param.grad is None for param in parameters(self)):
-            self.loss_scaler.forget(self)
+            self.loss_scaler.verdicts.stepped(self)
             self._inner._opt_called = True  # type: ignore[attr-defined]  # schedulers ask
             return
         super().step()
@@ -102,16 +102,20 @@ class AmpOptimizer(MixedPrecisionOptimizer):
         """Drops all pending gradients, and with them the skip that an overflow among them called for."""
         super().zero_grad(set_to_none)
         if self._scaler is not None:
-            self.loss_scaler.forget(self)
+            self.loss_scaler.verdicts.forget(self)
 
     def unscale_pending(self) -> None:
         """Puts the unscaled FP32 sum of what is pending into `.grad` of parameters and masters. May be called again."""
         scaler = self.loss_scaler
-        scaler._begin_step(self)  # of unchecked passes nothing will be known afterwards
+        scaler.check_rest(self)  # afterwards nothing will be known of passes
         pending = scaler._pending(self)
-        if not self._is_unscaled(pending):
+        if self._is_unscaled(pending):
+            return
+        if self._masters:
             self._unscale()
-            scaler._ledger.unscaled(self, pending)
+        else:  # in place: a script may hold on to the gradients, and they are as large as the weights
+            plain.unscale(self, self._checked(pending), scaler._vote_row(self), scaler._ballots(None, pending))
+        scaler._ledger.unscaled(self, pending)
 
     def _is_unscaled(self, pending: Pending) -> bool:
         for param, labelled in zip(parameters(self), pending, strict=True):

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from mpengine.amp.overflow_log import OverflowLog
+from mpengine.amp.verdicts import Verdicts
+from mpengine.execution import Execution
 from mpengine.grad_scaler import GradScaler, _OptimizerState
 from mpengine.kernels import layout
 from mpengine.labels import UNSCALED, Pending
 from mpengine.optimizer import MixedPrecisionOptimizer
-from mpengine.sources import Ballot
+from mpengine.sources import Ballot, Column
+
+_Look = tuple[MixedPrecisionOptimizer, Execution, Pending, list[Column] | None]
 
 
 class LossScaler(GradScaler):
@@ -21,15 +25,24 @@ class LossScaler(GradScaler):
     ```
     scale(loss, k).backward()
     check_(optimizers, k)   inspects the new gradients of loss k on these optimizers; its scale grows, waits or backs
-                            off; found_inf stays with each of them, on the device, until its next step
-    optimizer.step()        skips where found_inf is set or a pending gradient is not finite; casts no votes
+                            off; the verdict stays with each of them, on the device, until its next step
+    optimizer.step()        skips by the verdict, or where a pending gradient is not finite; casts no votes
     ```
 
     Gradients that no scaled loss has made count as unscaled. Passes that nobody has checked are checked by the step.
-    `found_inf` belongs to the gradients: where all of these are zeroed, it is forgotten.
+
+    Args:
+        kwargs: Of `GradScaler`.
+        overflow_log: Is told where scales may have moved.
     """
 
-    overflow_log = OverflowLog(enabled=False)
+    def __init__(self, overflow_log: OverflowLog, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.overflow_log = overflow_log
+
+    def _make_transient(self) -> None:
+        super()._make_transient()
+        self.verdicts = Verdicts(self._pending, self._ledger.edited)
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
         """See `GradScaler.watch`."""
@@ -52,14 +65,7 @@ class LossScaler(GradScaler):
         """
         scales = self._initialized("check_")
         self._check_loss_id(loss_id)
-        pending = [self._pending(optimizer) for optimizer in optimizers]
-        looks = []
-        for optimizer, waiting in zip(optimizers, pending, strict=True):
-            new = _unchecked(waiting, loss_id)
-            if new.active:
-                execution = optimizer._ready()
-                columns = None if optimizer._unscaled else execution.columns(new)
-                looks.append((optimizer, execution, new if columns else optimizer._checked(new), columns))
+        looks = [look for optimizer in optimizers if (look := self._look(optimizer, loss_id)) is not None]
         if not looks:
             return
         ballots = [Ballot(layout.FRESH if k == loss_id else layout.ABSENT) for k in range(self.num_losses)]
@@ -71,52 +77,31 @@ class LossScaler(GradScaler):
             execution.release()
             found_inf = torch.maximum(found_inf, (row[loss_id, 0] >= layout.OVERFLOW).float())
             self._consume(self._state(optimizer), new)
-        for optimizer, waiting in zip(optimizers, pending, strict=True):
-            self._remember(self._state(optimizer), waiting, found_inf)
+        self.verdicts.add(optimizers, found_inf, [look[0] for look in looks])
         if moves_scale:
             self.update(loss_id=loss_id)
             self.overflow_log.look(scales.scales, scales.counters)
         else:
-            self._set_votes_aside(loss_id)
+            self._drop_votes(loss_id)
 
-    def _remember(self, state: _OptimizerState, waiting: Pending, found_inf: Tensor) -> None:
-        for old in state.found_inf.values() if _has_checked(waiting) else ():
-            found_inf = torch.maximum(found_inf, old)
-        state.found_inf = {found_inf.device: found_inf}
+    def _look(self, optimizer: MixedPrecisionOptimizer, loss_id: int) -> _Look | None:
+        """What is to be inspected, checked; None: nothing."""
+        new = _unchecked(self._pending(optimizer), loss_id)
+        if not new.active:
+            return None
+        execution = optimizer._ready()
+        columns = None if optimizer._unscaled else execution.columns(new)
+        return optimizer, execution, new if columns is not None else optimizer._checked(new), columns
 
-    def _set_votes_aside(self, loss_id: int) -> None:
+    def _drop_votes(self, loss_id: int) -> None:
         for state in self._states.values():
             for label in state.labels.pop(loss_id, ()):
                 label.counted = True
             self._initialized("check_").vote_row(state.row)[loss_id].zero_()
 
-    def recall(self, optimizers: Sequence[MixedPrecisionOptimizer]) -> None:
-        """Forgets `found_inf` of optimizers whose checked gradients have been zeroed since. No sync."""
-        for optimizer in optimizers:
-            state = self._state(optimizer)
-            if not state.found_inf:
-                continue
-            pending = self._pending(optimizer)
-            if not _has_checked(pending):
-                state.found_inf = {}
-            elif self._ledger.edited(optimizer):  # perhaps to zeros, in place
-                grads = [grad for labelled in pending for label, grad in labelled if label.counted]
-                rest = _any_nonzero(grads, next(iter(state.found_inf)))
-                state.found_inf = {device: found_inf * rest for device, found_inf in state.found_inf.items()}
-
-    def forget(self, optimizer: MixedPrecisionOptimizer) -> None:
-        """Forgets `found_inf`: the optimizer zeroed its gradients."""
-        self._state(optimizer).found_inf = {}
-
-    def verdict(self, optimizer: MixedPrecisionOptimizer) -> bool | None:
-        """Whether its next step will be skipped; None where nothing came since its last one. Waits for the device."""
-        found_inf = self._begin_step(optimizer).found_inf.values()
-        return any(map(bool, found_inf)) if found_inf else None
-
     def has_unchecked(self, loss_id: int) -> bool:
         """Whether a pass of this loss waits to be checked, on any optimizer."""
-        watched = [state.optimizer() for state in self._states.values()]
-        return any(o is not None and bool(_unchecked(self._pending(o), loss_id).active) for o in watched)
+        return any(bool(_unchecked(self._pending(o), loss_id).active) for o in self._ledger.optimizers)
 
     def discard(self, loss_id: int) -> None:
         """Drops the gradients of unchecked passes of a loss; what was pending before is there as it was."""
@@ -127,26 +112,30 @@ class LossScaler(GradScaler):
     def _pending(self, optimizer: torch.optim.Optimizer) -> Pending:
         return _as_column(super()._pending(optimizer))
 
-    def _begin_step(self, optimizer: torch.optim.Optimizer) -> _OptimizerState:
-        assert isinstance(optimizer, MixedPrecisionOptimizer)
-        self.recall([optimizer])
+    def check_rest(self, optimizer: MixedPrecisionOptimizer) -> None:
+        """Checks the passes that left gradients on this optimizer and were not checked."""
         waiting = self._pending(optimizer).labels
         for loss_id in sorted({label.loss_id for label in waiting if not label.counted}):
             self.check_([optimizer], loss_id)
-        return self._state(optimizer)
 
-    def _ballots(self, state: _OptimizerState, pending: Pending) -> list[Ballot]:
+    def _begin_step(self, optimizer: torch.optim.Optimizer) -> _OptimizerState:
+        assert isinstance(optimizer, MixedPrecisionOptimizer)
+        self.check_rest(optimizer)
+        state, found_inf = self._state(optimizer), self.verdicts.on(optimizer)
+        state.found_inf = {} if found_inf is None else {found_inf.device: found_inf}
+        return state
+
+    def _ballots(self, state: _OptimizerState | None, pending: Pending) -> list[Ballot]:
         return [Ballot(layout.ABSENT)] * self.num_losses
 
     def _end_step(self, optimizer: torch.optim.Optimizer, pending: Pending) -> None:
         self._state(optimizer).reset()
         self._ledger.forget_edited(optimizer)
+        self.verdicts.stepped(optimizer)
 
     def _renew(self, state: _OptimizerState) -> None:
-        """After an update: a verdict outlives it, and gradients by hand stay unscaled."""
-        found_inf = state.found_inf
+        """After an update: gradients by hand are unscaled before it and after it."""
         state.reset()
-        state.found_inf = found_inf
 
 
 def _unchecked(pending: Pending, loss_id: int) -> Pending:
@@ -159,19 +148,9 @@ def _unchecked(pending: Pending, loss_id: int) -> Pending:
     return _as_column(Pending(rows))
 
 
-def _has_checked(pending: Pending) -> bool:
-    return any(label.counted for label in pending.labels)
-
-
 def _as_column(pending: Pending) -> Pending:
     """The same, said in the way that is quick to step, where all gradients are under one label."""
     labels = pending.labels if pending.column is None else []
     if len(labels) != 1 or any(len(row) > 1 for row in pending):
         return pending
     return Pending(grads=[row[0][1] if row else None for row in pending], label=labels[0])
-
-
-def _any_nonzero(grads: Sequence[Tensor], device: torch.device) -> Tensor:
-    """1.0 where an element of some gradient is not 0 (NaN is not), else 0.0; float32, on `device`."""
-    norms = [torch.linalg.vector_norm(grad, float("inf")).to(device, torch.float32) for grad in grads if grad.numel()]
-    return (torch.stack(norms) != 0).any().float() if norms else torch.zeros((), device=device)

@@ -53,6 +53,7 @@ class FP16_Optimizer:
             start = loss_scalers.LossScaler(static_loss_scale)
         policy = start.policy
         self.loss_scaler = LossScaler(
+            OverflowLog(enabled=verbose),
             init_scale=start.loss_scale,
             growth_factor=policy.growth_factor,
             backoff_factor=policy.backoff_factor,
@@ -60,7 +61,6 @@ class FP16_Optimizer:
             min_scale=policy.min_scale,
             max_scale=policy.max_scale,
         )
-        self.loss_scaler.overflow_log = OverflowLog(enabled=verbose)
         self._begin_log()
         self.dynamic_loss_scale = dynamic_loss_scale
         self.optimizer = AmpOptimizer(init_optimizer, self.loss_scaler, {}, {})
@@ -133,8 +133,10 @@ class FP16_Optimizer:
     @property
     def overflow(self) -> bool:
         """Whether gradients overflowed: the pending ones, or else those of the last step. Waits for the device."""
-        verdict = self.loss_scaler.verdict(self.optimizer) if self._pending() else None
-        return self.optimizer.last_step_skipped if verdict is None else verdict
+        if self._pending():
+            self.loss_scaler.check_rest(self.optimizer)
+        found_inf = self.loss_scaler.verdicts.on(self.optimizer)
+        return self.optimizer.last_step_skipped if found_inf is None else bool(found_inf)
 
     def _pending(self) -> bool:
         return any(param.grad is not None for group in self.param_groups for param in group["params"])

@@ -11,6 +11,8 @@ from mpengine import amp
 
 LEVELS = ("O0", "O1", "O2", "O3")
 INF = float("inf")
+FIRST = 1024.0  # the scale that tests begin from: a gradient of 1.0 times 2**16 would overflow fp16
+DYNAMIC = {"loss_scale": "dynamic", "max_loss_scale": FIRST}
 
 
 class Weights(nn.Module):
@@ -39,9 +41,9 @@ def sgd(*models: nn.Module, lr: float = 1.0, **kwargs: Any) -> torch.optim.SGD:
 
 
 def weights(level: str = "O2", size: int = 3, value: float = 0.0, **kwargs: Any) -> tuple[Weights, Any]:
-    """One `Weights` and its SGD of lr 1, initialized."""
+    """One `Weights` and its SGD of lr 1, initialized; dynamic scales begin at FIRST, and stay there."""
     model = Weights(size, value)
-    model, optimizer = amp.initialize(model, sgd(model), opt_level=level, **kwargs)
+    model, optimizer = amp.initialize(model, sgd(model), opt_level=level, **{**DYNAMIC, **kwargs})
     return model, optimizer
 
 
