@@ -256,13 +256,16 @@ def test_an_error_in_a_worker_is_raised_when_all_have_stopped(threads):
     assert sorted(seen) == list(range(10))
 
 
-def test_an_unknown_rule_changes_nothing(threads):
-    world = build(Problem((Spec((20000,)),)), CPU)
+def test_a_rule_that_fails_changes_nothing(threads):
+    def fails(p, g, slots, c):
+        raise ZeroDivisionError("in a rule")
+
+    world = build(Problem((Spec((20000,)),), rule=rules.Rule("failing", fails, ("exp_avg",))), CPU)
     run_inspect(world, cpu)
     run_decide(world, cpu)
     before = copy.deepcopy(world.buffers)
-    with pytest.raises(KeyError, match="lion"):
-        cpu.update(world.table, world.sources, rules.Rule("lion"), world.table.decision)
+    with pytest.raises(ZeroDivisionError, match="in a rule"):
+        run_update(world, cpu)
     assert all(torch.equal(before[name], now) or name == "scalars" for name, now in world.buffers.items())
 
 

@@ -24,7 +24,7 @@ import pytest
 import torch
 from torch import nn
 
-from mpengine import MixedPrecisionOptimizer, backend, reference
+from mpengine import MixedPrecisionOptimizer, backend, reference, rules
 from tests.parity.harness import ULP_A_STEP, Reach, ulp
 
 STEPS, SIZE = 300, 64
@@ -180,7 +180,7 @@ def test_a_lost_largest_moment_is_beyond_it(monkeypatch):
     """amsgrad that steps with the second moment of today: rare gradients tell them apart."""
 
     def without(p, g, slots, c):
-        new, moments = reference.adam(p, g, slots[:2], c)
+        new, moments = rules.ADAM.update(p, g, slots[:2], c)
         return new, (*moments, slots[2])
 
     monkeypatch.setattr(backend, "_cpu_module", reference)
