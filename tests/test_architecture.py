@@ -89,6 +89,7 @@ ORDER = [
     "apex.loss_scalers",
     "apex.fp16_optimizer",
     "apex.fp16_utils",
+    "apex.optimizers",
     "integrations.lightning",
     "integrations.accelerate",
     "integrations.transformers",

@@ -8,10 +8,19 @@ from .arithmetic import power
 
 @triton.jit
 def adam_scalars(h, step):
-    """From (lr, beta1, beta2, eps, weight_decay, maximize, decoupled)."""
-    lr, beta1, beta2, eps, weight_decay, maximize, decoupled = h[0], h[1], h[2], h[3], h[4], h[5], h[6]
-    bias_correction1 = 1.0 - power(beta1, step)
-    bias_correction2 = 1.0 - power(beta2, step)
+    """From (lr, beta1, beta2, eps, weight_decay, maximize, decoupled, uncorrected)."""
+    lr, beta1, beta2, eps, weight_decay, maximize, decoupled, uncorrected = (
+        h[0],
+        h[1],
+        h[2],
+        h[3],
+        h[4],
+        h[5],
+        h[6],
+        h[7],
+    )
+    bias_correction1 = tl.where(uncorrected != 0.0, 1.0, 1.0 - power(beta1, step))
+    bias_correction2 = tl.where(uncorrected != 0.0, 1.0, 1.0 - power(beta2, step))
     return (
         1.0 - 2.0 * maximize,
         tl.where(decoupled != 0.0, 0.0, weight_decay),

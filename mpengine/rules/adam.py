@@ -20,10 +20,10 @@ from mpengine.rules.declaration import Family, Numbers, Rule, Slots
 
 
 def adam_scalars(h: np.ndarray, step: np.ndarray) -> list[np.ndarray]:
-    """From (lr, beta1, beta2, eps, weight_decay, maximize, decoupled) and the step count."""
-    lr, beta1, beta2, eps, weight_decay, maximize, decoupled = h[:7]
-    bias_correction1 = 1.0 - power(beta1, step)
-    bias_correction2 = 1.0 - power(beta2, step)
+    """From (lr, beta1, beta2, eps, weight_decay, maximize, decoupled, uncorrected) and the step count."""
+    lr, beta1, beta2, eps, weight_decay, maximize, decoupled, uncorrected = h[:8]
+    bias_correction1 = np.where(uncorrected != 0, 1.0, 1.0 - power(beta1, step))
+    bias_correction2 = np.where(uncorrected != 0, 1.0, 1.0 - power(beta2, step))
     return [
         1.0 - 2.0 * maximize,
         np.where(decoupled != 0, 0.0, weight_decay),

@@ -26,4 +26,4 @@ def power(base: Any, exponent: np.ndarray) -> np.ndarray:
 
 def sqrt_rn(x: Tensor) -> Tensor:
     """The correctly rounded FP32 square root (torch's own, on a CPU, is not)."""
-    return torch.from_numpy(np.sqrt(x.numpy())) if x.device.type == "cpu" else torch.sqrt(x)
+    return torch.from_numpy(np.asarray(np.sqrt(x.numpy()))) if x.device.type == "cpu" else torch.sqrt(x)

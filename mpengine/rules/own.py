@@ -145,16 +145,20 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _step_one(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> None:
         rule, state = self.family.variant(group), self.state[param]
         initial = self.family.initial(group)
-        state.setdefault("step", torch.zeros(()))
+        begun = all(name in state for name in rule.slots)
+        if self.family.counts_steps:
+            state.setdefault("step", torch.zeros(()))
         for name in rule.slots:
             if name not in state:
                 state[name] = torch.full_like(param, initial.get(name, 0.0))
         for name in rule.cells:
             if name not in state:
                 state[name] = torch.full((), initial.get(name, 0.0), device=param.device)
-        state["step"] += 1
+        if self.family.counts_steps:
+            state["step"] += 1
+        step = int(state.get("step", 2 if begun else 1))
         slots = tuple(state[name] for name in rule.slots)
-        c = _rounded(self.family.scalars(self._row(group), np.array([int(state["step"])])))
+        c = _rounded(self.family.scalars(self._row(group), np.array([step])))
         if rule.settle is not None:
             measured = () if rule.measure is None else rule.measure(param, grad, slots, c)
             norms = [np.sqrt(np.array([float((x * x).sum(dtype=torch.float64))])) for x in measured]

@@ -50,6 +50,7 @@ REMEDIES = {
     "import apex.parallel.multiproc": "torchrun",
     "from apex import pyprof": "torch.profiler",
     "import amp_C; amp_C.multi_tensor_adam": "torch.optim",
+    "from apex.optimizers import FusedMixedPrecisionLamb": "FusedLAMB",
     "from apex.normalization import FusedRMSNormAffineFunction": "fused_rms_norm_affine",
 }
 NO_REMEDY = ["import apex.unheard_of", "from apex import unheard_of", "from apex.parallel import unheard_of"]
@@ -78,7 +79,7 @@ def test_nothing_is_both_provided_and_missing():
 
 def test_the_longest_name_answers():
     assert "apex.fp16_utils.FP16_Optimizer" in missing.message("apex.contrib.optimizers.FP16_Optimizer")
-    assert "torch.optim.SGD" in missing.message("apex.contrib.optimizers.FusedSGD.step")
+    assert "apex.optimizers.FusedSGD" in missing.message("apex.contrib.optimizers.FusedSGD.step")
 
 
 def test_other_packages_are_none_of_its_business():

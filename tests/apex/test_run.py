@@ -123,6 +123,8 @@ from apex.fp16_utils.loss_scaler import DynamicLossScaler
 from apex.multi_tensor_apply import multi_tensor_applier
 from apex.normalization import FusedLayerNorm
 from apex.normalization.fused_layer_norm import FusedLayerNorm as again
+from apex.optimizers import FusedAdam, FusedLAMB
+from apex.optimizers.fused_sgd import FusedSGD
 from apex.parallel import DistributedDataParallel as DDP
 from apex.parallel.distributed import Reducer
 import mpengine
