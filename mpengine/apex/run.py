@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import importlib.util
 import logging
 import os
@@ -43,7 +44,6 @@ def main(arguments: list[str]) -> None:
     if not arguments or arguments == ["-m"] or (arguments[0].startswith("-") and arguments[0] != "-m"):
         print(USAGE, file=sys.stderr)
         sys.exit(2)
-    start(force)
     sys.excepthook = _excepthook
     if arguments[0] == "-m":
         _run_module(arguments[1], arguments[2:], force)
@@ -77,7 +77,7 @@ def _run_script(script: str, arguments: list[str], force: bool) -> None:
     path = os.path.abspath(script)
     sys.argv = [script, *arguments]
     if os.path.isdir(path) or zipfile.is_zipfile(path):
-        _set_path(_Folder(path, force))
+        _begin(path, force)
         spec = PathFinder.find_spec("__main__", [path])
         if spec is None:
             sys.exit(f"{sys.executable}: can't find '__main__' module in {path!r}")
@@ -89,13 +89,13 @@ def _run_script(script: str, arguments: list[str], force: bool) -> None:
     except OSError as error:
         print(f"{sys.executable}: can't open file {path!r}: [Errno {error.errno}] {error.strerror}", file=sys.stderr)
         sys.exit(2)
-    _set_path(_Folder(os.path.dirname(os.path.realpath(path)), force))
+    _begin(os.path.dirname(os.path.realpath(path)), force)
     _execute(lambda: loader.source_to_code(source, path), __file__=path, __loader__=loader)
 
 
 def _run_module(name: str, arguments: list[str], force: bool) -> None:
     sys.argv = ["-m", *arguments]
-    _set_path(_Folder(os.getcwd(), force))
+    _begin(os.getcwd(), force)
     spec = importlib.util.find_spec(name)
     if spec is not None and spec.submodule_search_locations is not None:
         spec = importlib.util.find_spec(f"{name}.__main__")
@@ -118,15 +118,17 @@ def _run_spec(spec: ModuleSpec) -> None:
 
 def _execute(compiled: Any, **names: Any) -> None:
     module = ModuleType("__main__")
-    vars(module).update({"__builtins__": sys.modules["builtins"], "__cached__": None, **names})
+    vars(module).update({"__builtins__": builtins, "__annotations__": {}, "__cached__": None, **names})
     sys.modules["__main__"] = module
     code: CodeType = compiled()
     exec(code, vars(module))
 
 
-def _set_path(folder: _Folder) -> None:
-    if not sys.flags.safe_path:  # which keeps python from putting one there
-        sys.path[0] = folder
+def _begin(folder: str, force: bool) -> None:
+    """An apex that lies in the folder of the script is an installed one, as `python` has it."""
+    if not sys.flags.safe_path:  # which keeps python from putting a folder there
+        sys.path[0] = _Folder(folder, force)
+    start(force)
 
 
 class _Folder(str):

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mpengine.apex import parallel
+from mpengine.apex import fp16_utils, parallel
 
 
 class Product(nn.Module):
@@ -61,6 +61,24 @@ def reducer(rank: int, dtype: str, large: float) -> tuple[list[float], list[floa
     grads = [torch.full((2, 2), float(rank)), torch.full((), 4.0 * rank)]
     parallel.Reducer(grads).reduce()
     return weights, model.weight.grad.tolist(), [grads[0][0, 0].item(), grads[1].item()]
+
+
+def fp16_optimizer(rank: int) -> tuple[list[float], list[int]]:
+    """The masters of a half model that was wrapped before its optimizer, as apex's examples had it; steps, skips."""
+    torch.manual_seed(rank)
+    model = parallel.DistributedDataParallel(fp16_utils.network_to_half(nn.Linear(4, 3)))
+    torch_optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = fp16_utils.FP16_Optimizer(
+        torch_optimizer, dynamic_loss_scale=True, dynamic_loss_args={"init_scale": 2.0**9}
+    )
+    for i in range(4):
+        optimizer.zero_grad()
+        factor = float("inf") if i == 1 and rank == 1 else 1.0
+        optimizer.backward(model(torch.randn(8, 4)).float().square().mean() * factor)
+        optimizer.clip_master_grads(0.5)
+        optimizer.step()
+    values = torch.cat([master.detach().reshape(-1) for master in optimizer.optimizer.master_params()]).tolist()
+    return values, [optimizer.optimizer.steps_taken, optimizer.optimizer.steps_skipped, int(optimizer.loss_scale)]
 
 
 def groups(rank: int) -> list[Any]:

@@ -78,6 +78,12 @@ def test_reducer(pair, dtype):
         assert result == ([1.0] * 5, [40000.0] * 5, [0.5, 2.0])
 
 
+def test_fp16_optimizer_on_a_wrapped_model(pair):
+    (first, counts), (second, _) = pair.run("fp16_optimizer", RANKS)
+    assert first == second
+    assert counts == [3, 1, 2**8]
+
+
 # Batch norms.
 
 

@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from mpengine.apex import run
+from tests.apex import worlds
 from tests.apex.worlds import printed, python, runner, write
 
 PROBE = """
@@ -14,7 +15,8 @@ main = sys.modules["__main__"]
 print(__name__, __file__, __package__, __spec__ and __spec__.name, __builtins__, __doc__, type(__loader__).__name__)
 print(sys.argv, sys.path[0], main.__dict__ is globals(), sorted(vars(main)))
 def typed(x: int): ...
-print(typed.__annotations__)
+print(typed.__annotations__, __annotations__)
+sys.exit(7)
 """
 FAILS = '''
 """A failure in a function, after another one."""
@@ -30,7 +32,7 @@ def outer():
         raise RuntimeError("second") from error
 
 print("before", flush=True)
-sys.exit(7) if "exit" in sys.argv else outer()
+outer()
 '''
 
 
@@ -45,17 +47,18 @@ def test_a_script(tmp_path):
     write(tmp_path, {"below/probe.py": PROBE})
     (tmp_path / "link.py").symlink_to(tmp_path / "below" / "probe.py")
     done = alike(tmp_path, "link.py", "a", "-m", "--force", "b c")
-    assert str(["link.py", "a", "-m", "--force", "b c"]) in printed(done)
+    assert done.returncode == 7
+    assert str(["link.py", "a", "-m", "--force", "b c"]) in done.stdout
 
 
 def test_a_module(tmp_path):
     write(tmp_path, {"pack/__init__.py": "", "pack/inner.py": PROBE})
-    assert "pack.inner" in printed(alike(tmp_path, "-m", "pack.inner", "--help", "x"))
+    assert "pack.inner" in alike(tmp_path, "-m", "pack.inner", "--help", "x").stdout
 
 
 def test_a_package(tmp_path):
     write(tmp_path, {"pack/__init__.py": "", "pack/__main__.py": PROBE})
-    assert "pack.__main__" in printed(alike(tmp_path, "-m", "pack"))
+    assert "pack.__main__" in alike(tmp_path, "-m", "pack").stdout
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["folder", "zip"])
@@ -73,11 +76,6 @@ def test_an_error_shows_the_scripts_own_traceback(tmp_path):
     done = alike(tmp_path, "fails.py")
     assert done.returncode == 1
     assert "mpengine" not in done.stderr
-
-
-def test_an_exit_code(tmp_path):
-    write(tmp_path, {"fails.py": FAILS})
-    assert alike(tmp_path, "fails.py", "exit").returncode == 7
 
 
 def test_a_syntax_error(tmp_path):
@@ -146,17 +144,6 @@ print("good")
 )
 
 
-def test_imports_of_every_kind(tmp_path):
-    write(tmp_path, {"imports.py": IMPORTS})
-    assert printed(runner("imports.py", cwd=tmp_path)) == "good\n"
-
-
-def test_install_from_code(tmp_path):
-    code = "import mpengine.apex\nprint(mpengine.apex.install())\n" + IMPORTS
-    write(tmp_path, {"imports.py": code})
-    assert printed(python("imports.py", cwd=tmp_path)) == "provided\ngood\n"
-
-
 MESSAGES = """
 import contextlib, io, logging
 from mpengine.apex.run import start
@@ -172,9 +159,16 @@ print([caught.getvalue()])
 """
 
 
-def test_messages_are_printed_as_apex_did(tmp_path):
-    write(tmp_path, {"messages.py": MESSAGES})
-    assert printed(runner("messages.py", cwd=tmp_path)) == "Gradient overflow.\n['elsewhere\\n']\n"
+def test_a_script_of_apexs_users(tmp_path):
+    """Imports of every kind; messages are printed as apex did."""
+    write(tmp_path, {"imports.py": IMPORTS + MESSAGES})
+    assert printed(runner("imports.py", cwd=tmp_path)) == "good\nGradient overflow.\n['elsewhere\\n']\n"
+
+
+def test_install_from_code(tmp_path):
+    code = "import mpengine.apex\nprint(mpengine.apex.install())\n" + IMPORTS
+    write(tmp_path, {"imports.py": code})
+    assert printed(python("imports.py", cwd=tmp_path)) == "provided\ngood\n"
 
 
 SPAWNS = """
@@ -245,6 +239,15 @@ def test_another_apex_is_installed(tmp_path, state):
     assert printed(runner(*options, "asks.py", cwd=tmp_path, path=tmp_path / "installed")) == answer
 
 
+def test_an_apex_beside_the_script_is_an_installed_one(tmp_path):
+    """And one in the current folder is not, as `python` has it."""
+    write(
+        tmp_path, {"apex/__init__.py": "1 / 0\n", "below/apex/__init__.py": "", "below/apex/amp.py": "theirs = True\n"}
+    )
+    write(tmp_path, {"below/asks.py": "from apex.amp import theirs\nimport mpengine\nprint(mpengine.apex.install())\n"})
+    assert printed(runner("below/asks.py", cwd=tmp_path)) == "kept\n"
+
+
 RANKS = """
 import os, sys, torch
 import torch.distributed as dist
@@ -279,3 +282,20 @@ def test_under_torchrun(tmp_path):
     done = python("-W", "default", *torchrun, "-m", "mpengine.apex", "ranks.py", "--lr", "1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert [(tmp_path / f"done{rank}").read_text() for rank in range(2)] == ["ranks.py --lr 1"] * 2
+
+
+# The tests notice.
+
+SABOTAGES = {
+    "a runner's own frames": ("run._excepthook = sys.__excepthook__", test_an_error_shows_the_scripts_own_traceback),
+    "another sys.path[0]": ("run._begin = lambda folder, force: run.start(force)", test_a_script),
+}
+
+
+@pytest.mark.parametrize("sabotage", SABOTAGES)
+def test_a_difference_to_python_would_be_noticed(tmp_path, monkeypatch, sabotage):
+    change, test = SABOTAGES[sabotage]
+    code = f"import sys\nfrom mpengine.apex import run\n{change}\nrun.main(sys.argv[1:])"
+    monkeypatch.setattr(worlds, "RUNNER", ("-c", code))
+    with pytest.raises(AssertionError):
+        test(tmp_path)
