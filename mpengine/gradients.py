@@ -115,21 +115,30 @@ class Ledger:
             RuntimeError: A gradient was edited while others were set aside, was not made by a scaled loss though
                 there are several, or waits beside more than `layout.MAX_SOURCES` others.
         """
+        pending = self.peek(optimizer, current)
+        if pending.column is None:
+            self._check_averaged(optimizer, pending)
+        return pending
+
+    def peek(self, optimizer: torch.optim.Optimizer, current: Label) -> Pending:
+        """What `sources` gives, also while DistributedDataParallel has yet to average a part of it."""
         self._close_pass()
         self._expand()
         default = self._default_label(optimizer, current)
         if not self._records and default is not None:
             return Pending(grads=[param.grad for param in parameters(optimizer)], label=default)
         self._check_edits()
-        pending = Pending([self._pending(param, default) for param in parameters(optimizer)])
-        self._check_averaged(optimizer, pending)
-        return pending
+        return Pending([self._pending(param, default) for param in parameters(optimizer)])
 
-    def unscaled(self, optimizer: torch.optim.Optimizer, pending: Pending) -> None:
-        """Every `.grad` has become the unscaled sum of what was pending."""
+    def unscaled(self, optimizer: torch.optim.Optimizer, pending: Pending, own_memory: bool = False) -> None:
+        """Every `.grad` has become the unscaled sum of what was pending, in memory of its own or in the old one."""
         for param, labelled in zip(parameters(optimizer), pending, strict=True):
             if labelled and param.grad is not None:
-                self._forget_aside(param).note(param.grad, Label(labelled[0][0].loss_id, None, counted=True))
+                label = Label(labelled[0][0].loss_id, None, counted=True, own_memory=own_memory)
+                record = self._record(param)
+                local = record.local or bool(record.local_aside)  # what was pending is all averaged, or all local
+                self._forget_aside(param).note(param.grad, label)
+                record.local = local
         at, _ = self._by_hand.get(optimizer, (0, None))
         self._by_hand[optimizer] = (at, UNSCALED)
 
@@ -306,7 +315,8 @@ class Ledger:
                     f"the gradient of loss {local[0].loss_id} on {self._name_of(param)} was accumulated under "
                     "no_sync() and set aside when another loss or another scale followed, so it is this rank's alone, "
                     "while others are averaged over all ranks. Let the last backward pass of each loss run outside "
-                    "of no_sync(), and call scaler.update() only between whole accumulations."
+                    "of no_sync(), and call scaler.update() only between whole accumulations; with "
+                    "amp.scale_loss, give all but the last delay_unscale=True."
                 )
 
     def _set_aside(self, label: Label) -> None:

@@ -21,12 +21,14 @@ class Label:
         scale: float32, 0-dim: the scale that scaled the gradients under this label. The scaler moves it to a copy
             before the value changes. None: the gradients are unscaled already.
         parts: The uncounted labels that were folded into this one, which is counted when they are.
+        own_memory: Whether no backward pass writes the memory of its gradients, though they be views.
     """
 
-    def __init__(self, loss_id: int, scale: Tensor | None, counted: bool = False) -> None:
+    def __init__(self, loss_id: int, scale: Tensor | None, counted: bool = False, *, own_memory: bool = False) -> None:
         self.loss_id = loss_id
         self.scale = scale
         self.parts: list[Label] = []
+        self.own_memory = own_memory
         self._counted = counted
         self._again: Label | None = None
 
@@ -200,7 +202,10 @@ class Record:
             pending, folded = fold(pending), pending
             ids = [label.loss_id for label, _ in pending]
             local = [any(own for own, (old, _) in zip(local, folded, strict=True) if old.loss_id == k) for k in ids]
-        self.aside = [(label, grad.clone() if distributed.is_bucket_view(grad) else grad) for label, grad in pending]
+        self.aside = [
+            (label, grad if label.own_memory or not distributed.is_bucket_view(grad) else grad.clone())
+            for label, grad in pending
+        ]
         self.local_aside = [grad for own, (_, grad) in zip(local, self.aside, strict=True) if own]
 
     def restore(self) -> Labelled:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeVar
@@ -15,6 +16,7 @@ from mpengine import nested
 P = ParamSpec("P")
 R = TypeVar("R")
 _DEVICES = ("cpu", "cuda")
+_INHERITED = object()
 
 _enabled = False  # whether the latest initialize was one of O1
 _disabled: ContextVar[bool] = ContextVar("disabled", default=False)  # by disable_casts
@@ -125,12 +127,17 @@ def begin(enabled: bool) -> None:
     """Called by every `initialize`: patches the registered functions where it is one of O1, else undoes that."""
     global _enabled
     for module, name, before, ours in reversed(_patched):
-        if getattr(module, name, None) is ours:  # else somebody has patched it since
+        if inspect.getattr_static(module, name, None) is not ours:
+            continue  # somebody has patched it since
+        if before is _INHERITED:
+            delattr(module, name)
+        else:
             setattr(module, name, before)
     _patched.clear()
     _enabled = enabled
     for (module, name), decorator in _registered.items() if enabled else ():
-        before = getattr(module, name)
-        ours = decorator(before)
+        found = inspect.getattr_static(module, name)
+        static = isinstance(found, staticmethod)
+        ours = staticmethod(decorator(found.__func__)) if static else decorator(getattr(module, name))
+        _patched.append((module, name, vars(module).get(name, _INHERITED), ours))
         setattr(module, name, ours)
-        _patched.append((module, name, before, ours))

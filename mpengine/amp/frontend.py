@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -147,13 +147,15 @@ def _build(
     properties, scaler = amp.properties, amp.scaler
     assert scaler is not None
     names = modules.names(models)
-    earlier_models, earlier_optimizers = _earlier(properties, models, optimizers)
-    modules.check(models, earlier_models, properties)
-    _check_optimizers(optimizers, names, earlier_optimizers)
-    for model in earlier_models:
+    earlier = _earlier(properties, models, optimizers)
+    modules.check(models, earlier.models, properties)
+    _check_optimizers(optimizers, names, earlier.optimizers)
+    for model in earlier.models:
         modules.undo(model)
-    for earlier in earlier_optimizers:
-        earlier.retire()
+    for optimizer in earlier.optimizers:
+        optimizer.retire()
+    for ended in earlier.ended:
+        ended.end()
     casts.begin(properties.patch_torch_functions)
     originals = modules.cast_params(models, properties)
     wrappers = []
@@ -168,21 +170,33 @@ def _build(
     return wrappers
 
 
+class _Earlier(NamedTuple):
+    """What a fresh start undoes."""
+
+    models: list[nn.Module]
+    optimizers: list[AmpOptimizer]
+    ended: list[state.Amp]  # of which nothing is left
+
+
 def _earlier(
     properties: Properties, models: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer]
-) -> tuple[list[nn.Module], list[AmpOptimizer]]:
-    """The models and optimizers of earlier calls that a fresh start of these models undoes."""
+) -> _Earlier:
+    """What earlier calls have done to these models and to parameters that these optimizers train."""
     own = {id(module): module for model in models for module in model.modules()}
     weights = {id(param) for model in models for param in model.parameters()}
     trained = {id(param) for optimizer in optimizers for param in parameters(optimizer)}
     undone = {key: module for key, module in own.items() if modules.is_patched(module)}
-    retired = []
+    retired: list[AmpOptimizer] = []
+    ended = []
     for amp in state.alive():
         shares = any(id(param) in weights for model in amp.models for param in model.parameters())
-        whole = shares and (amp.properties.is_low or properties.is_low)  # else its other optimizers may go on
-        undone.update((id(model), model) for model in amp.models if whole)
-        retired += [o for o in amp.optimizers if whole or any(id(param) in trained for param in parameters(o))]
-    return list(undone.values()), retired
+        if shares and (amp.properties.is_low or properties.is_low):
+            undone.update((id(model), model) for model in amp.models)
+            retired += amp.optimizers
+            ended.append(amp)
+        else:  # nothing was cast: optimizers of other parameters may go on
+            retired += [o for o in amp.optimizers if any(id(param) in trained for param in parameters(o))]
+    return _Earlier(list(undone.values()), retired, ended)
 
 
 def _check_optimizers(

@@ -73,7 +73,9 @@ def scale_loss(
     amp.delayed.discard(loss_id)
     scaler.check_(listed, loss_id, moves_scale=not delay_overflow_check)
     for optimizer in listed:
-        if not optimizer.has_masters:
+        if optimizer.has_masters:
+            optimizer.fold(loss_id)
+        else:
             optimizer.unscale_pending()
 
 

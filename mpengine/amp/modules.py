@@ -124,6 +124,9 @@ def cast_params(models: Sequence[nn.Module], properties: Properties) -> dict[Ten
         for param in precision.castable(model, _kept(model, properties)):
             originals[param] = param.data
             param.data = param.data.to(properties.cast_model_type)
+        for module in model.modules():
+            if isinstance(module, nn.RNNBase):
+                module.flatten_parameters()  # cuDNN wants them in one piece
     return originals
 
 
@@ -137,8 +140,6 @@ def patch(model: nn.Module, properties: Properties, outputs: torch.dtype | None)
             for buffer in () if module in spared else module.buffers(recurse=False):
                 if buffer.dtype == torch.float32:
                     buffer.data = buffer.data.to(dtype)
-            if isinstance(module, nn.RNNBase):
-                module.flatten_parameters()
         precision.compute_in_float32(kept, dtype)
         weights.watch(model)
         for module in model.modules():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import unwrap
 from types import MethodType
 from typing import Any, cast
 
@@ -62,6 +63,11 @@ class AmpOptimizer(MixedPrecisionOptimizer):
         """Whether some parameter is not its own master."""
         return bool(self._masters)
 
+    @property
+    def is_replaced(self) -> bool:
+        """Whether a later `initialize` has taken over."""
+        return self._replaced
+
     def check_current(self) -> None:
         """Raises RuntimeError where a later `initialize` has taken over."""
         if self._replaced:
@@ -79,17 +85,20 @@ class AmpOptimizer(MixedPrecisionOptimizer):
         """
         if closure is not None:
             raise RuntimeError("Currently, Amp does not support closure use with optimizers.")
-        self.check_current()
         if all(param.grad is None for param in parameters(self)):
             self.loss_scaler.verdicts.stepped(self)
             self._inner._opt_called = True  # type: ignore[attr-defined]  # schedulers ask
             return
-        super().step()
+        unwrap(MixedPrecisionOptimizer.step)(self)  # torch wraps each class's step with the hooks; once is enough
 
     def retire(self) -> None:
         """A later `initialize` takes over the parameters: from now on `step` is an error."""
         self._replaced = True
+        self.step = MethodType(AmpOptimizer._refuse_step, self)  # type: ignore[method-assign]
         validation.wrappers.discard(self)
+
+    def _refuse_step(self, closure: None = None) -> None:
+        self.check_current()
 
     def _step_inner(self, *args: Any) -> None:
         self._stepping_inner = True
@@ -115,7 +124,17 @@ class AmpOptimizer(MixedPrecisionOptimizer):
             self._unscale()
         else:  # in place: a script may hold on to the gradients, and they are as large as the weights
             plain.unscale(self, self._checked(pending), scaler._vote_row(self), scaler._ballots(None, pending))
-        scaler._ledger.unscaled(self, pending)
+        scaler._ledger.unscaled(self, pending, own_memory=self.has_masters)
+
+    def fold(self, loss_id: int) -> None:
+        """Several passes of a loss become one FP32 sum, as large as the masters.
+
+        Set aside, each would keep its own gradients until the step. Passes that were delayed have added up already.
+        """
+        labels = self.loss_scaler._peek(self).labels
+        several = sum(label.loss_id == loss_id for label in labels) > 1
+        if several and all(label.counted for label in labels):
+            self.unscale_pending()
 
     def _is_unscaled(self, pending: Pending) -> bool:
         for param, labelled in zip(parameters(self), pending, strict=True):

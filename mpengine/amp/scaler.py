@@ -42,7 +42,7 @@ class LossScaler(GradScaler):
 
     def _make_transient(self) -> None:
         super()._make_transient()
-        self.verdicts = Verdicts(self._pending, self._ledger.edited)
+        self.verdicts = Verdicts(self._peek, self._ledger.edited)
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
         """See `GradScaler.watch`."""
@@ -86,7 +86,7 @@ class LossScaler(GradScaler):
 
     def _look(self, optimizer: MixedPrecisionOptimizer, loss_id: int) -> _Look | None:
         """What is to be inspected, checked; None: nothing."""
-        new = _unchecked(self._pending(optimizer), loss_id)
+        new = _unchecked(self._peek(optimizer), loss_id)
         if not new.active:
             return None
         execution = optimizer._ready()
@@ -101,22 +101,35 @@ class LossScaler(GradScaler):
 
     def has_unchecked(self, loss_id: int) -> bool:
         """Whether a pass of this loss waits to be checked, on any optimizer."""
-        return any(bool(_unchecked(self._pending(o), loss_id).active) for o in self._ledger.optimizers)
+        return bool(self._unchecked_optimizers(loss_id))
+
+    def _unchecked_optimizers(self, loss_id: int) -> list[MixedPrecisionOptimizer]:
+        watched = [o for o in self._ledger.optimizers if isinstance(o, MixedPrecisionOptimizer)]
+        return [o for o in watched if _unchecked(self._peek(o), loss_id).active]
 
     def discard(self, loss_id: int) -> None:
         """Drops the gradients of unchecked passes of a loss; what was pending before is there as it was."""
         self._ledger.discard(loss_id)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.overflow_log = OverflowLog(enabled=False)
 
     # What the step asks.
 
     def _pending(self, optimizer: torch.optim.Optimizer) -> Pending:
         return _as_column(super()._pending(optimizer))
 
+    def _peek(self, optimizer: torch.optim.Optimizer) -> Pending:
+        """The same between the passes of an accumulation under `no_sync()`, of which a part is not averaged yet."""
+        self._state(optimizer)
+        return _as_column(self._ledger.peek(optimizer, self._initialized("check_").labels[0]))
+
     def check_rest(self, optimizer: MixedPrecisionOptimizer) -> None:
-        """Checks the passes that left gradients on this optimizer and were not checked."""
-        waiting = self._pending(optimizer).labels
+        """Checks the passes that left gradients on this optimizer and were not checked, on all optimizers."""
+        waiting = self._peek(optimizer).labels
         for loss_id in sorted({label.loss_id for label in waiting if not label.counted}):
-            self.check_([optimizer], loss_id)
+            self.check_(self._unchecked_optimizers(loss_id), loss_id)
 
     def _begin_step(self, optimizer: torch.optim.Optimizer) -> _OptimizerState:
         assert isinstance(optimizer, MixedPrecisionOptimizer)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
 
+import torch
 from torch import nn
 
 from mpengine.amp.optimizer import AmpOptimizer
@@ -43,8 +43,15 @@ class Amp:
 
     @property
     def optimizers(self) -> list[AmpOptimizer]:
-        """Those that are alive."""
-        return [optimizer for reference in self._optimizers if (optimizer := reference()) is not None]
+        """Those that are alive, and that no later call has replaced."""
+        alive = [optimizer for reference in self._optimizers if (optimizer := reference()) is not None]
+        return [optimizer for optimizer in alive if not optimizer.is_replaced]
+
+    def end(self) -> None:
+        """A later call has undone what this one did."""
+        self._models.clear()
+        for optimizer in self.optimizers:
+            optimizer.retire()
 
 
 _latest: Amp | None = None
@@ -68,12 +75,10 @@ def alive() -> list[Amp]:
     return list(_every)
 
 
-def wrapper_of(optimizer: Any) -> AmpOptimizer | None:
+def wrapper_of(optimizer: torch.optim.Optimizer) -> AmpOptimizer | None:
     """The optimizer that `initialize` returned, from itself or the one that it was given; None: from neither."""
-    if isinstance(optimizer, AmpOptimizer):
-        return optimizer
-    found = getattr(optimizer, "__dict__", {}).get("_amp_optimizer")
-    return found if isinstance(found, AmpOptimizer) else None
+    found = optimizer if isinstance(optimizer, AmpOptimizer) else optimizer.__dict__.get("_amp_optimizer")
+    return found if isinstance(found, AmpOptimizer) and "_amp" in found.__dict__ else None  # a copy has no state
 
 
 def of(optimizer: AmpOptimizer) -> Amp:
