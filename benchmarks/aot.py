@@ -50,17 +50,20 @@ class Launch:
 
 
 def cases(numel: int = 1024, copies: int = 1) -> dict[str, Launch]:
-    """The usual specialisations, and the most general one of each kernel.
+    """Every rule and family in the usual specialisation, and the most general one of each kernel.
 
     Args:
         numel: The size of every tensor.
         copies: How many tensors there are of each kind.
     """
     half, single = torch.float16, torch.float32
-    adam, sgd = rules.family_of(_optimizer(torch.optim.Adam)), rules.family_of(_optimizer(torch.optim.SGD))
     found: dict[str, Launch] = {}
-    for rule in (rules.ASSIGN, rules.SGD, rules.SGD_MOMENTUM, rules.ADAM, rules.ADAM_AMSGRAD):
+    for rule in rules.BUILT_IN:
         table, sources = _problem(rule, [half], 1, numel, copies)
+        if rule.measure is not None:
+            found[f"measure {rule.name}"] = _record(launch.measure, table, sources, rule, table.decision)
+        if rule.settle is not None:
+            found[f"settle {rule.name}"] = _record(launch.settle, table, sources, rule, table.decision)
         found[rule.name] = _record(launch.update, table, sources, rule, table.decision)
     found["inspect"] = _record(launch.inspect, table, sources)
     for name, dtypes in (("fp16+fp32", [half, single]), ("bf16", [torch.bfloat16]), ("fp32", [single])):
@@ -74,22 +77,18 @@ def cases(numel: int = 1024, copies: int = 1) -> dict[str, Launch]:
         found[f"adam {name}"] = _record(launch.update, table, sources, rules.ADAM, table.decision)
     hyper, max_norm = torch.zeros(1, layout.HYPER, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
     found_inf, votes = torch.zeros(1), torch.zeros(1, layout.VOTE)
-    for name, family in (("adam", adam), ("sgd", sgd), ("no family", None)):
+    families = {family.name: family for family in rules.FAMILIES}
+    for family in (*families.values(), None):
         outside = found_inf if family is None else None
-        found[f"decide {name}"] = _record(
+        found[f"decide {family.name if family else 'no family'}"] = _record(
             launch.decide, table, sources, table.found[None], table.partials, hyper, max_norm, family, outside, votes
         )
     schedule = DeviceSchedule(torch.zeros(layout.SCHEDULE, dtype=torch.int64), torch.zeros(9, 1, 1).double())
-    found["decide adam scheduled"] = _record(
-        launch.decide, table, sources, table.found[None], table.partials, hyper, max_norm, adam, None, votes, schedule
-    )
+    arguments = (table, sources, table.found[None], table.partials, hyper, max_norm)
+    found["decide adam scheduled"] = _record(launch.decide, *arguments, families["adam"], None, votes, schedule)
     counters, policy = torch.zeros(1, layout.COUNTERS, dtype=torch.int32), torch.zeros(layout.POLICY).double()
     found["update_scale"] = _record(launch.update_scale, torch.ones(1), torch.ones(1), counters, votes[None], policy)
     return found
-
-
-def _optimizer(kind: type[torch.optim.Optimizer]) -> torch.optim.Optimizer:
-    return kind([torch.zeros(1)], lr=0.1)  # type: ignore[call-arg]
 
 
 def _problem(
@@ -100,8 +99,9 @@ def _problem(
     for dtype in dtypes * copies:
         param = torch.zeros(numel, dtype=dtype)
         state = arena([param] * (1 + len(rule.slots)))
+        cells = tuple(torch.zeros(()) for _ in rule.cells)
         own = dtype is torch.float32
-        entries.append(Entry(param, param if own else state[0], tuple(state[1:]), 0, rule, write_back=not own))
+        entries.append(Entry(param, param if own else state[0], tuple(state[1:]), 0, rule, not own, cells))
         pending.append([Source(torch.zeros(numel, dtype=dtype), scale, loss) for loss in range(losses)])
     sources = SourceTable(_CPU)
     sources.set(pending, [Ballot(layout.FRESH, scale)] * losses)

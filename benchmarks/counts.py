@@ -6,8 +6,8 @@
 - Loops count by their bodies. What the counter adds in the PTX says how many elements an iteration covers; a loop over
   losses runs for two of them. The instructions of a parameter are the whole program's: what stands before and behind
   the loop is shared out over the program's elements.
-- Where inspect reads several losses, its loops are nested, and ptxas rearranges them: bytes are counted there, and
-  instructions are not. What it reads a second time, for the tallies, is in the cache.
+- Where inspect reads several losses, its loops are nested, and ptxas rearranges them, as it does measure's: bytes are
+  counted there, and instructions are not. What inspect reads a second time, for the tallies, is in the cache.
 - Instructions in the slow paths of a correctly rounded division or root, which ordinary numbers do not take, are left
   out; the tests that lead there are not. At other branches both sides are followed, and the longer counts.
 - Blocks on a multiprocessor are limited by registers, threads, shared memory and their own number. Loads in flight are
@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks import listing
 from benchmarks.gpus import GPUS, MULTIPROCESSORS, WARP
 
-_PER_PARAMETER = ("_update_kernel", "_inspect_kernel")  # the others run once a step
+PER_PARAMETER = ("_update_kernel", "_inspect_kernel", "_measure_kernel")  # the others run once a step, or a tensor
 
 
 @dataclass
@@ -99,9 +99,9 @@ def _count(case: str, arch: int) -> Row:
         ptx=ptx_instructions(ptx),
         paths=[],
     )
-    if row.kernel in _PER_PARAMETER:
-        nested = row.kernel == "_inspect_kernel" and launched.kwargs["SOURCES"] > 1
-        sass = None if nested else aot.sass(cubin)
+    if row.kernel in PER_PARAMETER:
+        several = row.kernel == "_inspect_kernel" and launched.kwargs["SOURCES"] > 1
+        sass = None if several or row.kernel == "_measure_kernel" else aot.sass(cubin)
         row.paths = full_block_paths(ptx, sass, launched.kwargs["CHUNK"] // threads, row, aot.LOSSES)
     return row
 

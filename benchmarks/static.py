@@ -20,7 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
 
-from benchmarks.counts import Row, count
+from benchmarks.counts import PER_PARAMETER, Row, count
 from benchmarks.gpus import MULTIPROCESSORS
 
 ARCHITECTURES = tuple(MULTIPROCESSORS)
@@ -44,7 +44,7 @@ def broken(rows: Iterable[Row]) -> list[str]:
         inexact = sorted(i for i in row.ptx if _INEXACT.search(i))
         if inexact:
             found.append(f"{name}: arithmetic is not IEEE's: {', '.join(inexact)}")
-        if row.kernel in ("_update_kernel", "_inspect_kernel"):
+        if row.kernel in PER_PARAMETER:
             found += [f"{name}: {what}" for what in _broken_paths(row)]
     return found
 

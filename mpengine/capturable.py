@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from mpengine import capture
 from mpengine.gradients import parameters
 from mpengine.optimizer import MixedPrecisionOptimizer
+from mpengine.rules import OF_TORCH
 
 
 def checked(optimizers: Any) -> list[MixedPrecisionOptimizer]:
@@ -36,9 +37,11 @@ def checked(optimizers: Any) -> list[MixedPrecisionOptimizer]:
             )
         if optimizer._family is None:
             inner = type(optimizer._inner).__name__
+            known = ", ".join(sorted(kind.__name__ for kind in OF_TORCH))
             raise ValueError(
                 f"{inner} runs its own step(), for which the host waits to know whether gradients overflowed. Only "
-                "SGD, Adam and AdamW step on the device: use one of them, or run the iteration without a graph."
+                f"torch's {known} and the optimizers of mpengine.optim step on the device: use one of them, or run "
+                "the iteration without a graph."
             )
     return found
 

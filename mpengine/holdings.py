@@ -46,16 +46,29 @@ def register(optimizer: MixedPrecisionOptimizer, originals: Mapping[Tensor, Tens
         for param in local:
             filled = optimizer.state.get(param, {}).get("momentum_buffer") is not None  # SGD's counts from then
             held[param] = torch.full((), int(filled), dtype=torch.int32, device=device)
+    fresh = set(new)
     if new:
         optimizer._agreed.mark(new)
     if optimizer._family is not None:
         for g, group in enumerate(optimizer.param_groups):
             params = [p for p in group["params"] if p in held]
-            rule = _rule(optimizer, g)
-            _make_state(optimizer, params, rule, optimizer._family.initial(group))
+            rule, initial = _rule(optimizer, g), optimizer._family.initial(group)
+            _fill_exactly(optimizer, [p for p in params if p in fresh], initial)
+            _make_state(optimizer, params, rule, initial)
             _forget_unfilled(optimizer, params, optimizer._family, rule)
             if optimizer._family.counts_steps:
                 _share_counts(optimizer, params)
+
+
+def _fill_exactly(optimizer: MixedPrecisionOptimizer, params: list[Tensor], initial: Mapping[str, float]) -> None:
+    """What torch's constructor filled in the parameter's own type (Adagrad's sum) loses the rounding."""
+    for param in params:
+        for name, value in initial.items():
+            state = optimizer.state.get(param, {}).get(name)
+            if isinstance(state, Tensor) and param.dtype != state.dtype:
+                rounded = float(torch.tensor(value, dtype=param.dtype))
+                if rounded != value and bool((state == rounded).all()):
+                    state.fill_(value)
 
 
 def _make_state(

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from mpengine.rules import lamb
+from mpengine.rules import lamb, lion
 from mpengine.rules.own import Hyperparameter, RuleOptimizer
 
-__all__ = ["LAMB"]
+__all__ = ["LAMB", "Lion"]
 
 _RATE = Hyperparameter(at_least=0.0)
 _BETAS = Hyperparameter((0.9, 0.999), at_least=0.0, below=1.0)
@@ -86,3 +86,46 @@ class LAMB(RuleOptimizer):
             "max_grad_norm": max_grad_norm or 0.0,
         }
         super().__init__(params, defaults)
+
+
+class Lion(RuleOptimizer):
+    """Steps of one size by the sign of a momentum; give it a third to a tenth of AdamW's lr, and as much more decay.
+
+    ```
+    u = sign(beta1 * m + (1 - beta1) * g)
+    p = p - lr * (u + weight_decay * p)
+    m = beta2 * m + (1 - beta2) * g
+    ```
+
+    Chen et al. 2023, arXiv 2302.06675.
+
+    Args:
+        params: Parameters or param groups, as of any torch optimizer.
+        lr: The size of a step, at least 0.
+        betas: How much of the old momentum is in the sign, and in the new one, each in [0, 1).
+        weight_decay: Decoupled, at least 0.
+        maximize: Whether the objective is to grow.
+
+    Raises:
+        TypeError: A hyperparameter is of another type.
+        ValueError: It is out of its bounds.
+    """
+
+    family = lion.FAMILY
+    hyperparameters = {  # noqa: RUF012
+        "lr": _RATE,
+        "betas": _BETAS,
+        "weight_decay": _RATE,
+        "maximize": _FLAG,
+    }
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize})

@@ -21,6 +21,15 @@ FUSED = {
     ),
     "adam": lambda params, **kw: torch.optim.Adam(params, **{"lr": 0.01, "foreach": False, **kw}),
     "adamw": lambda params, **kw: torch.optim.AdamW(params, **{"lr": 0.01, "amsgrad": True, "foreach": False, **kw}),
+    "rmsprop": lambda params, **kw: torch.optim.RMSprop(
+        params, **{"lr": 0.01, "momentum": 0.5, "centered": True, "foreach": False, **kw}
+    ),
+    "adagrad": lambda params, **kw: torch.optim.Adagrad(
+        params, **{"lr": 0.01, "lr_decay": 0.1, "initial_accumulator_value": 0.25, "foreach": False, **kw}
+    ),
+    "adadelta": lambda params, **kw: torch.optim.Adadelta(
+        params, **{"lr": 0.5, "weight_decay": 0.01, "foreach": False, **kw}
+    ),
 }
 
 
@@ -31,11 +40,8 @@ class _OwnAdam(torch.optim.Adam):
 GENERAL = {
     cls.__name__: lambda params, cls=cls, **kw: cls(params, **{"lr": 0.01, **kw})
     for cls in (
-        torch.optim.RMSprop,
-        torch.optim.Adagrad,
         torch.optim.NAdam,
         torch.optim.RAdam,
-        torch.optim.Adadelta,
         torch.optim.Adamax,
         torch.optim.ASGD,
         torch.optim.Rprop,

@@ -1,4 +1,4 @@
-"""The equations of SGD, Adam and AdamW in float64, and how far any FP32 execution of them may lie from it.
+"""The equations of torch's fused optimizers in float64, and how far any FP32 execution of them may lie from it.
 
 This is running error analysis (Higham, Accuracy and Stability of Numerical Algorithms, section 3.3). Every quantity is
 a float64 value and a bound on how far the FP32 one may be from it. An operation passes its arguments' errors on, and
@@ -88,19 +88,25 @@ class Near:
 
 
 class Oracle:
-    """SGD, Adam or AdamW on all tensors of one group, as one vector.
+    """One of torch's optimizers on all tensors of one group, as one vector.
 
     Args:
         params: The initial values, exact.
-        kind: "sgd" or "adam".
+        kind: The name of torch's class in lower case.
+        start: What the state holds before the first step.
     """
 
-    def __init__(self, params: Sequence[Tensor], kind: str) -> None:
-        self.kind, self.sizes = kind, [p.numel() for p in params]
+    def __init__(self, params: Sequence[Tensor], kind: str, start: float = 0.0) -> None:
+        self.equations = getattr(self, f"_{kind}")
+        self.sizes = [p.numel() for p in params]
         self.p = Near(_flat(params))
-        zero = Near(np.zeros_like(self.p.value))
-        self.state = {"buffer": zero, "m": zero, "v": zero, "largest": zero}
-        self.steps = np.zeros(self.p.value.size, dtype=np.int64)
+        self.start = Near(np.full_like(self.p.value, start), _K * U * start)
+        self.forget()
+
+    @classmethod
+    def of(cls, params: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> Oracle:
+        """The equations of this optimizer."""
+        return cls(params, type(optimizer).__name__.lower(), optimizer.defaults.get("initial_accumulator_value", 0.0))
 
     def step(
         self, grads: Sequence[Tensor | None], group: Mapping[str, Any], clip: float = 1.0, clip_error: Any = 0.0
@@ -118,7 +124,8 @@ class Oracle:
         g = Near(_flat([torch.zeros(n) if grad is None else grad for n, grad in zip(self.sizes, grads, strict=True)]))
         if clip != 1.0:
             g = g * Near(np.full_like(g.value, clip), clip * np.asarray(clip_error))
-        p, state = self._sgd(g, group) if self.kind == "sgd" else self._adam(g, group)
+        g = Near(-g.value, g.error) if group["maximize"] else g
+        p, state = self.equations(g, group)
         self.p = p.where(active, self.p)
         for name, new in state.items():
             self.state[name] = new.where(active, self.state[name])
@@ -134,15 +141,14 @@ class Oracle:
 
     def forget(self) -> None:
         """Starts with fresh state, as after `optimizer.state.clear()`."""
-        zero = Near(np.zeros_like(self.p.value))
-        self.state = dict.fromkeys(self.state, zero)
-        self.steps = np.zeros_like(self.steps)
+        self.state = dict.fromkeys(("buffer", "m", "v", "largest", "a"), self.start)
+        self.steps = np.zeros(self.p.value.size, dtype=np.int64)
+
+    def _decayed(self, g: Near, group: Mapping[str, Any]) -> Near:
+        return g + self.p * float(group["weight_decay"]) if group["weight_decay"] != 0 else g
 
     def _sgd(self, g: Near, group: Mapping[str, Any]) -> tuple[Near, dict[str, Near]]:
-        p, state = self.p, {}
-        g = Near(-g.value, g.error) if group["maximize"] else g
-        if group["weight_decay"] != 0:
-            g = g + p * float(group["weight_decay"])
+        p, g, state = self.p, self._decayed(g, group), {}
         momentum = float(group["momentum"])
         if momentum != 0:
             buffer = self.state["buffer"] * momentum + g * (1.0 - group["dampening"])
@@ -154,7 +160,6 @@ class Oracle:
         p, m, v = self.p, self.state["m"], self.state["v"]
         lr, (beta1, beta2) = float(group["lr"]), map(float, group["betas"])
         weight_decay = float(group["weight_decay"])
-        g = Near(-g.value, g.error) if group["maximize"] else g
         if weight_decay != 0 and group["decoupled_weight_decay"]:
             p = p * (1.0 - lr * weight_decay)
         elif weight_decay != 0:
@@ -168,6 +173,36 @@ class Oracle:
         root_correction, step_size = 1.0 / np.sqrt(1.0 - beta2**steps), lr / (1.0 - beta1**steps)
         denominator = v.sqrt() * Near(root_correction, _K * U * root_correction) + Near.scalar(float(group["eps"]), p)
         return p - (m / denominator) * Near(step_size, _K * U * step_size), state
+
+    _adamw = _adam
+
+    def _rmsprop(self, g: Near, group: Mapping[str, Any]) -> tuple[Near, dict[str, Near]]:
+        lr, alpha, momentum = float(group["lr"]), float(group["alpha"]), float(group["momentum"])
+        g = self._decayed(g, group)
+        v = self.state["v"] * alpha + (g * (1.0 - alpha)) * g
+        state, square = {"v": v}, v
+        if group["centered"]:
+            m = state["m"] = self.state["m"].lerp(g, 1.0 - alpha)
+            square = (v - m * m).maximum(Near(np.zeros_like(v.value)))
+        root = square.sqrt() + Near.scalar(float(group["eps"]), v)
+        if momentum == 0:
+            return self.p - (g * lr) / root, state
+        buffer = state["buffer"] = self.state["buffer"] * momentum + g / root
+        return self.p - buffer * lr, state
+
+    def _adagrad(self, g: Near, group: Mapping[str, Any]) -> tuple[Near, dict[str, Near]]:
+        g = self._decayed(g, group)
+        v = self.state["v"] + g * g
+        rate = float(group["lr"]) / (1.0 + (np.maximum(self.steps, 1) - 1) * group["lr_decay"])
+        root = v.sqrt() + Near.scalar(float(group["eps"]), v)
+        return self.p - (g * Near(rate, _K * U * rate)) / root, {"v": v}
+
+    def _adadelta(self, g: Near, group: Mapping[str, Any]) -> tuple[Near, dict[str, Near]]:
+        lr, rho = float(group["lr"]), float(group["rho"])
+        g, eps = self._decayed(g, group), Near.scalar(float(group["eps"]), self.p)
+        v = self.state["v"] * rho + (g * (1.0 - rho)) * g
+        way = ((self.state["a"] + eps).sqrt() / (v + eps).sqrt()) * g
+        return self.p - way * lr, {"v": v, "a": self.state["a"] * rho + (way * (1.0 - rho)) * way}
 
     def distance(self, params: Sequence[Tensor], execution: int) -> float:
         """How far parameters are from the equations: the largest share of the bound of execution 0 or 1."""

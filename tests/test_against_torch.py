@@ -8,20 +8,28 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from mpengine import MixedPrecisionOptimizer, backend, reference, rules
-from mpengine.kernels import layout
-from tests.harness import BRAIN, HALF, SINGLE, feed, parameters, same_bits, twins_of
-from tests.oracle import Oracle, U, clip_of, norm_of
-
-STEPS = 200
+from tests.harness import SINGLE, feed, parameters, same_bits, twins_of
+from tests.oracle import Oracle, U
+from tests.race import STEPS, Race, gradients_of
+from tests.sabotage import (
+    a_thousandth_more,
+    doubled,
+    every_rule,
+    every_scalars,
+    flipped,
+    no_clip,
+    replaced,
+    skipped,
+    state_forgotten,
+)
 
 
 def _sgd_options() -> Iterator[dict[str, Any]]:
@@ -64,92 +72,12 @@ def _name(case: Any) -> str:
 every_case = pytest.mark.parametrize("case", CASES, ids=_name)
 
 
-def few_parameters() -> list[Tensor]:
-    """One of each dtype, in one of the three shapes."""
-    vector, _, _, _, matrix, _, _, _, scalar = parameters((HALF, SINGLE, BRAIN))
-    return [vector, matrix, scalar]
-
-
-def gradients_of(params: list[Tensor], step: int) -> list[Tensor | None]:
-    """Gradients of every size, in the dtype of their parameter; now and then one is missing."""
-    generator = torch.Generator().manual_seed(step)
-    size = 10.0 ** (torch.rand((), generator=generator).item() * 3 - 2)
-    grads: list[Tensor | None] = [(torch.randn(p.shape, generator=generator) * size).to(p.dtype) for p in params]
-    if step % 7 == 3:
-        grads[step % len(grads)] = None
-    return grads
-
-
-class Race:
-    """Our optimizer, torch's on FP32, and the equations, side by side."""
-
-    def __init__(
-        self,
-        cls: type[torch.optim.Optimizer],
-        options: dict[str, Any],
-        lr: float | Tensor = 0.01,
-        max_grad_norm: float | None = None,
-    ) -> None:
-        self.params = few_parameters()
-        self.twins = twins_of(self.params)
-        mine, yours = (lr.clone() if isinstance(lr, Tensor) else lr for _ in range(2))
-        self.ours = MixedPrecisionOptimizer(cls(self.params, lr=mine, **options), max_grad_norm=max_grad_norm)
-        self.theirs = cls(self.twins, lr=yours, foreach=False, **options)
-        self.oracle = Oracle(self.twins, "sgd" if cls is torch.optim.SGD else "adam")
-        self.max_grad_norm = max_grad_norm
-        self.norms: list[tuple[float, float, float]] = []
-        self.path = 0.0  # what the weight that moved most has moved, step by step
-
-    def run(self, steps: range = range(STEPS)) -> Race:
-        for step in steps:
-            self._set_lr(0.02 * (1.0 + math.cos(step / 15.0)) + 1e-4)
-            grads = gradients_of(self.params, step)
-            for param, twin, grad in zip(self.params, self.twins, grads, strict=True):
-                param.grad = None if grad is None else grad.clone()
-                twin.grad = None if grad is None else grad.to(SINGLE, copy=True)
-            before = self.oracle.p.value
-            self._step(grads)
-            self.path += float(np.abs(self.oracle.p.value - before).max())
-            self.check()
-        return self
-
-    def _set_lr(self, value: float) -> None:
-        for group in (*self.ours.param_groups, *self.theirs.param_groups):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(value)
-            else:
-                group["lr"] = value
-
-    def _step(self, grads: list[Tensor | None]) -> None:
-        # The clip coefficient is off, relatively, by: ours, 1 U of the squares and of the root, + 1e-6, max_norm and
-        # the quotient; torch's, a rounding of each sum as well, of all n elements.
-        numel = sum(grad.numel() for grad in grads if grad is not None)
-        clip_error = np.array([[6.0], [2.0 * numel + 16.0]]) * U
-        self.oracle.step(grads, self.theirs.param_groups[0], clip_of(grads, self.max_grad_norm), clip_error)
-        if self.max_grad_norm is not None:
-            norm = torch.nn.utils.clip_grad_norm_(self.twins, self.max_grad_norm, foreach=False)
-        self.ours.step()
-        self.theirs.step()
-        if self.max_grad_norm is not None:
-            self.norms.append((self.ours.last_grad_norm, float(norm), norm_of(grads)))
-
-    def check(self) -> None:
-        """Raises AssertionError where a weight lies beyond its bound, or is not its master rounded."""
-        masters = list(self.ours.master_params())
-        for param, master in zip(self.params, masters, strict=True):
-            assert same_bits(param, master.to(param.dtype)), "the parameter is not its master, rounded"
-        assert self.oracle.distance(masters, 0) <= 1.0, "ours is beyond its bound"
-        assert self.oracle.distance(self.twins, 1) <= 1.0, "torch's is beyond its bound"
-
-
 @every_case
 def test_200_steps_stay_within_the_bound(case):
     """And that bound is small: of the largest weight and the path's length, 1/4 ULP a step for SGD, 1 ULP for Adam."""
     cls, options = case
     race = Race(cls, options).run()
-    ulp = 2.0 * U * (np.abs(race.oracle.p.value).max() + race.path)
-    bound = race.oracle.p.error[0].max() / (STEPS * ulp)
-    assert bound <= (0.25 if cls is torch.optim.SGD else 1.0)
+    assert race.bound_in_ulp() <= (0.25 if cls is torch.optim.SGD else 1.0)
 
 
 @pytest.mark.parametrize("case", CASES[::5], ids=_name)
@@ -254,69 +182,9 @@ def test_the_first_moment_without_memory_is_the_gradient():
 # Sabotage: each of these must be noticed by the comparison above.
 
 
-def _rules(change: Callable[..., Any]) -> Callable[[pytest.MonkeyPatch], None]:
-    """Replaces every rule by `change(rule, p, g, slots, c)`."""
-
-    def install(monkeypatch):
-        for name, rule in list(reference.RULES.items()):
-            monkeypatch.setitem(
-                reference.RULES, name, lambda p, g, slots, c, rule=rule: change(rule, p.clone(), g, slots, c)
-            )
-
-    return install
-
-
-def _scalars(change: Callable[..., Any]) -> Callable[[pytest.MonkeyPatch], None]:
-    """Replaces the scalars' functions by what `change(function, h, step)` returns."""
-
-    def install(monkeypatch):
-        for name, function in list(reference.SCALAR_FUNCTIONS.items()):
-            monkeypatch.setitem(reference.SCALAR_FUNCTIONS, name, lambda h, step, f=function: change(f, h.copy(), step))
-
-    return install
-
-
-def _with(h: np.ndarray, index: int, value: float) -> np.ndarray:
-    h[index] = value
-    return h
-
-
-def _flipped(rule, p, g, slots, c):
-    new, state = rule(p, g, slots, c)
-    return p + (p - new), state
-
-
-def _skipped(rule, p, g, slots, c):
-    return p, rule(p, g, slots, c)[1]
-
-
-def _doubled(rule, p, g, slots, c):
-    new, state = rule(p, g, slots, c)
-    return p + (new - p) * 2, state
-
-
-def _state_forgotten(rule, p, g, slots, c):
-    return rule(p, g, slots, c)[0], slots
-
-
-def _a_thousandth_more(rule, p, g, slots, c):
-    new, state = rule(p, g, slots, c)
-    return p + (new - p) * 1.001, state
-
-
 def _without_largest(p, g, slots, c):
     new, moments = rules.ADAM.update(p, g, slots[:2], c)
     return new, (*moments, slots[2])
-
-
-def _no_clip(monkeypatch):
-    decide = reference.decide
-
-    def without(table, *args, **kwargs):
-        decide(table, *args, **kwargs)
-        table.decision[layout.CLIP] = 1.0
-
-    monkeypatch.setattr(reference, "decide", without)
 
 
 def _no_write_back(monkeypatch):
@@ -337,23 +205,26 @@ NESTEROV = (torch.optim.SGD, {"momentum": 0.9, "nesterov": True})
 ADAM = (torch.optim.Adam, {"weight_decay": 0.02, "amsgrad": True})
 ADAMW = (torch.optim.AdamW, {"weight_decay": 0.02, "eps": 1e-4})
 SABOTAGE = {
-    "sign flipped": (_rules(_flipped), [SGD, ADAM, ADAMW]),
-    "update skipped": (_rules(_skipped), [SGD, ADAM, ADAMW]),
-    "rate doubled": (_rules(_doubled), [SGD, ADAM, ADAMW]),
-    "rate a thousandth too high": (_rules(_a_thousandth_more), [SGD, ADAM, ADAMW]),
-    "state forgotten": (_rules(_state_forgotten), [SGD, ADAM, ADAMW]),
-    "clip dropped": (_no_clip, [SGD, ADAM]),
-    "no bias correction": (_scalars(lambda f, h, step: f(h, step * 0 + 2**30)), [ADAM, ADAMW]),
-    "step counted twice": (_scalars(lambda f, h, step: f(h, 2 * step)), [ADAM, ADAMW]),
-    "step off by one": (_scalars(lambda f, h, step: f(h, step + 1)), [SGD, ADAM, ADAMW]),
-    "no weight decay in SGD": (_scalars(lambda f, h, step: f(_with(h, 3, 0.0), step)), [SGD]),
-    "no weight decay in Adam": (_scalars(lambda f, h, step: f(_with(h, 4, 0.0), step)), [ADAM, ADAMW]),
-    "weight decay of the other kind": (_scalars(lambda f, h, step: f(_with(h, 6, 1.0 - h[6]), step)), [ADAM, ADAMW]),
-    "no momentum": (_scalars(lambda f, h, step: f(_with(h, 1, 0.0), step)), [SGD, NESTEROV]),
-    "no dampening": (_scalars(lambda f, h, step: f(_with(h, 2, 0.0), step)), [SGD]),
-    "no nesterov": (_scalars(lambda f, h, step: f(_with(h, 4, 0.0), step)), [NESTEROV]),
-    "no eps": (_scalars(lambda f, h, step: f(_with(h, 3, 0.0), step)), [ADAMW]),
-    "maximize": (_scalars(lambda f, h, step: f(_with(h, 5, 1.0), step)), [SGD, ADAM, ADAMW]),
+    "sign flipped": (every_rule(flipped), [SGD, ADAM, ADAMW]),
+    "update skipped": (every_rule(skipped), [SGD, ADAM, ADAMW]),
+    "rate doubled": (every_rule(doubled), [SGD, ADAM, ADAMW]),
+    "rate a thousandth too high": (every_rule(a_thousandth_more), [SGD, ADAM, ADAMW]),
+    "state forgotten": (every_rule(state_forgotten), [SGD, ADAM, ADAMW]),
+    "clip dropped": (no_clip, [SGD, ADAM]),
+    "no bias correction": (every_scalars(lambda f, h, step: f(h, step * 0 + 2**30)), [ADAM, ADAMW]),
+    "step counted twice": (every_scalars(lambda f, h, step: f(h, 2 * step)), [ADAM, ADAMW]),
+    "step off by one": (every_scalars(lambda f, h, step: f(h, step + 1)), [SGD, ADAM, ADAMW]),
+    "no weight decay in SGD": (every_scalars(lambda f, h, step: f(replaced(h, 3, 0.0), step)), [SGD]),
+    "no weight decay in Adam": (every_scalars(lambda f, h, step: f(replaced(h, 4, 0.0), step)), [ADAM, ADAMW]),
+    "weight decay of the other kind": (
+        every_scalars(lambda f, h, step: f(replaced(h, 6, 1.0 - h[6]), step)),
+        [ADAM, ADAMW],
+    ),
+    "no momentum": (every_scalars(lambda f, h, step: f(replaced(h, 1, 0.0), step)), [SGD, NESTEROV]),
+    "no dampening": (every_scalars(lambda f, h, step: f(replaced(h, 2, 0.0), step)), [SGD]),
+    "no nesterov": (every_scalars(lambda f, h, step: f(replaced(h, 4, 0.0), step)), [NESTEROV]),
+    "no eps": (every_scalars(lambda f, h, step: f(replaced(h, 3, 0.0), step)), [ADAMW]),
+    "maximize": (every_scalars(lambda f, h, step: f(replaced(h, 5, 1.0), step)), [SGD, ADAM, ADAMW]),
     "no largest moment": (
         lambda monkeypatch: monkeypatch.setitem(reference.RULES, "adam_amsgrad", _without_largest),
         [ADAM],

@@ -26,7 +26,8 @@ OPTIMIZERS = {
     "sgd": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9, foreach=False),
     "adam": lambda groups: torch.optim.Adam(groups, lr=0.01, weight_decay=0.1, foreach=False),
     "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.01, foreach=False),
-    "rmsprop": lambda groups: torch.optim.RMSprop(groups, lr=0.01, momentum=0.5, foreach=False),  # the general path
+    "rmsprop": lambda groups: torch.optim.RMSprop(groups, lr=0.01, momentum=0.5, foreach=False),
+    "adamax": lambda groups: torch.optim.Adamax(groups, lr=0.01, foreach=False),  # the general path
 }
 
 
@@ -112,7 +113,7 @@ def test_the_last_row_holds_and_start_moves_the_first():
 
 
 def test_groups_keep_their_own_values_and_get_them_back():
-    params, optimizer, scaler = wrapped(OPTIMIZERS["rmsprop"])
+    params, optimizer, scaler = wrapped(OPTIMIZERS["adamax"])
     optimizer.schedule(lambda opt: ExponentialLR(opt, 0.5), steps=3)
     run(optimizer, scaler, params, range(3), skips=())
     assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.02]

@@ -36,7 +36,7 @@ from tests.harness import (
 from tests.oracle import Oracle
 
 every_optimizer = pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
-one_of_each_path = pytest.mark.parametrize("make", [FUSED["adam"], GENERAL["RMSprop"]], ids=["fused", "general"])
+one_of_each_path = pytest.mark.parametrize("make", [FUSED["adam"], GENERAL["Adamax"]], ids=["fused", "general"])
 
 
 def dyadic_params(dtypes=(HALF, SINGLE)):
@@ -268,7 +268,8 @@ def test_a_parameter_may_take_anothers_place(make):
 @pytest.mark.parametrize("name", FUSED)
 def test_state_from_before_wrapping_is_kept(name):
     make, params = FUSED[name], parameters((SINGLE,))
-    oracle, inner = Oracle(params, "adam" if "adam" in name else "sgd"), FUSED[name](params)
+    inner = FUSED[name](params)
+    oracle = Oracle.of(params, inner)
     model = nn.ParameterList(params)
     for step in range(3):
         grads = gradients(params, step)
@@ -283,7 +284,7 @@ def test_state_from_before_wrapping_is_kept(name):
         optimizer.step()
         oracle.step(grads, inner.param_groups[0])
     assert oracle.distance(list(optimizer.master_params()), 1) <= 1.0
-    if "adam" in name:
+    if optimizer._family.counts_steps:
         assert [int(optimizer.state[p]["step"]) for p in params] == [6, 6, 6]
     assert make is FUSED[name]
 

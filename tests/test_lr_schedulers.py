@@ -29,7 +29,7 @@ from tests.harness import (
 )
 from tests.torch_schedulers import SCHEDULERS, STEPS, advance, groups, known_to_torch
 
-MAKES = {name: EVERY[name] for name in ("sgd", "momentum", "adamw", "RMSprop", "Adagrad", "_OwnAdam")}
+MAKES = {name: EVERY[name] for name in ("sgd", "momentum", "adamw", "rmsprop", "adagrad", "ASGD", "_OwnAdam")}
 ON = ("wrapper", "inner")
 every_scheduler = pytest.mark.parametrize("name", SCHEDULERS)
 either = pytest.mark.parametrize("on", ON)
@@ -183,7 +183,7 @@ def test_a_scheduler_resumes_with_its_optimizer(name, on):
 
 @every_scheduler
 @either
-@pytest.mark.parametrize("make", [FUSED["adam"], GENERAL["RMSprop"]], ids=["fused", "general"])
+@pytest.mark.parametrize("make", [FUSED["adam"], GENERAL["Adamax"]], ids=["fused", "general"])
 def test_a_skipped_first_step_warns_of_nothing(name, on, make):
     """A skip changes no weight, but the step was called: the scheduler has nothing to warn of, and moves as ever."""
     torchs = make(groups(parameters([SINGLE])))
@@ -238,7 +238,7 @@ def test_a_scheduler_that_is_stepped_twice_is_found_out():
 
 @pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "ReduceLROnPlateau"])
 @pytest.mark.parametrize(
-    "make", [FUSED["momentum"], FUSED["adamw"], GENERAL["RMSprop"]], ids=["sgd", "adamw", "general"]
+    "make", [FUSED["momentum"], FUSED["adamw"], GENERAL["Adamax"]], ids=["sgd", "adamw", "general"]
 )
 def test_a_schedule_is_the_scheduler_stepped_where_steps_are_taken(name, make):
     """`optimizer.schedule` over skips and beyond its end, against a loop that looks at every step before it goes on."""

@@ -103,7 +103,7 @@ def test_cyclic_decaying(up, down, gamma):
 
 def test_cyclic_decaying_leaves_momentum_alone_unless_asked():
     recipe = schedules.cyclic_decaying(base_lr=[0.01, 0.02], max_lr=0.1, step_size_up=4)
-    for make in (FUSED["momentum"], FUSED["adam"], GENERAL["Adagrad"]):
+    for make in (FUSED["momentum"], FUSED["adam"], FUSED["adagrad"], GENERAL["Rprop"]):
         table, rows = rows_of(made(make), recipe)
         assert table.keys == ("lr",)
         assert [group["lr"] for group in rows[0]] == [0.01, 0.02]

@@ -106,8 +106,7 @@ class Loop:
         self.theirs = make_optimizer(self.twin.parameters())
         self.amp = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=4)
         self.max_grad_norm = max_grad_norm
-        kind = "sgd" if isinstance(self.theirs, torch.optim.SGD) else "adam"
-        self.oracle = Oracle(list(self.twin.parameters()), kind) if make_optimizer in FUSED.values() else None
+        self.oracle = Oracle.of(list(self.twin.parameters()), self.theirs) if make_optimizer in FUSED.values() else None
         self.history = []
 
     def run(self, steps):
@@ -162,9 +161,9 @@ class Loop:
 
 
 @pytest.mark.parametrize("make_model", MODELS.values(), ids=MODELS)
-# RMSprop is equal bit for bit, so not where two norms differ in the last bit: tests/test_general.py clips it.
+# Adamax is equal bit for bit, so not where two norms differ in the last bit: tests/test_general.py clips it.
 @pytest.mark.parametrize(
-    ("name", "max_grad_norm"), [*((name, norm) for name in FUSED for norm in (None, 0.5)), ("RMSprop", None)]
+    ("name", "max_grad_norm"), [*((name, norm) for name in FUSED for norm in (None, 0.5)), ("Adamax", None)]
 )
 def test_scales_and_weights_are_torch_amps(make_model, name, max_grad_norm):
     loop = Loop(make_model, {**FUSED, **GENERAL}[name], max_grad_norm).run(range(ITERATIONS))
@@ -223,7 +222,7 @@ def test_the_first_gradients_are_those_of_torch_autocast(make_model):
 
 
 @pytest.mark.parametrize("make_model", MODELS.values(), ids=MODELS)
-@pytest.mark.parametrize("name", ["momentum", "adam", "RMSprop"])
+@pytest.mark.parametrize("name", ["momentum", "adam", "rmsprop", "Adamax"])
 def test_a_free_run_follows_torch_amp(make_model, name):
     """Each with its own gradients: the first loss and all scales are equal, and both learn."""
     make = {**FUSED, **GENERAL}[name]

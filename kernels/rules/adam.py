@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .arithmetic import power
+from .arithmetic import lerp, power
 
 
 @triton.jit
@@ -54,8 +54,7 @@ def _adam_moments(p, g, m, v, c):
     sign, coupled_decay, decay_factor, one_minus_beta1, beta2, one_minus_beta2 = c[0], c[1], c[2], c[3], c[4], c[5]
     g = g * sign + p * coupled_decay
     p = p * decay_factor
-    way = g - m  # torch's lerp: from the nearer end, so that beta1 = 0 gives g itself
-    m = tl.where(one_minus_beta1 >= 0.5, g - way * (1.0 - one_minus_beta1), m + way * one_minus_beta1)
+    m = lerp(m, g, one_minus_beta1)
     v = v * beta2 + (g * one_minus_beta2) * g
     return p, m, v
 

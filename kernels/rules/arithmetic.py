@@ -20,6 +20,13 @@ def power(base, exponent):
 
 
 @triton.jit
+def lerp(start, end, weight):
+    """From the nearer end, as torch has it."""
+    way = end - start
+    return tl.where(weight >= 0.5, end - way * (1.0 - weight), start + way * weight)
+
+
+@triton.jit
 def assign(p, g, slots, c):
     """The gradient itself."""
     return g, slots

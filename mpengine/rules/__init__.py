@@ -11,19 +11,31 @@ import inspect
 import torch
 from torch import Tensor
 
-from mpengine.rules import adam, lamb, sgd
+from mpengine.rules import adadelta, adagrad, adam, lamb, lion, rmsprop, sgd
+from mpengine.rules.adadelta import ADADELTA
+from mpengine.rules.adagrad import ADAGRAD
 from mpengine.rules.adam import ADAM, ADAM_AMSGRAD
 from mpengine.rules.declaration import Family, Kernels, Numbers, Rule, Slots
 from mpengine.rules.lamb import LAMB
+from mpengine.rules.lion import LION
 from mpengine.rules.own import Hyperparameter, RuleOptimizer, declare
+from mpengine.rules.rmsprop import RMSPROP, RMSPROP_CENTERED, RMSPROP_CENTERED_MOMENTUM, RMSPROP_MOMENTUM
 from mpengine.rules.sgd import SGD, SGD_MOMENTUM
 
 __all__ = [
+    "ADADELTA",
+    "ADAGRAD",
     "ADAM",
     "ADAM_AMSGRAD",
     "ASSIGN",
     "BUILT_IN",
     "LAMB",
+    "LION",
+    "OF_TORCH",
+    "RMSPROP",
+    "RMSPROP_CENTERED",
+    "RMSPROP_CENTERED_MOMENTUM",
+    "RMSPROP_MOMENTUM",
     "SGD",
     "SGD_MOMENTUM",
     "Family",
@@ -43,13 +55,39 @@ def assign(p: Tensor, g: Tensor, slots: Slots, c: Numbers) -> tuple[Tensor, Slot
 
 ASSIGN = Rule("assign", assign)
 
-BUILT_IN = (ASSIGN, SGD, SGD_MOMENTUM, ADAM, ADAM_AMSGRAD, LAMB)
-FAMILIES = (sgd.FAMILY, adam.family(always_decoupled=False), adam.family(always_decoupled=True), lamb.FAMILY)
+BUILT_IN = (
+    ASSIGN,
+    ADADELTA,
+    ADAGRAD,
+    ADAM,
+    ADAM_AMSGRAD,
+    LAMB,
+    LION,
+    RMSPROP,
+    RMSPROP_CENTERED,
+    RMSPROP_CENTERED_MOMENTUM,
+    RMSPROP_MOMENTUM,
+    SGD,
+    SGD_MOMENTUM,
+)
+FAMILIES = (
+    adadelta.FAMILY,
+    adagrad.FAMILY,
+    adam.FAMILY,
+    adam.DECOUPLED_FAMILY,
+    lamb.FAMILY,
+    lion.FAMILY,
+    rmsprop.FAMILY,
+    sgd.FAMILY,
+)
 
-_OF_TORCH: dict[type[torch.optim.Optimizer], Family] = {
-    torch.optim.SGD: FAMILIES[0],
-    torch.optim.Adam: FAMILIES[1],
-    torch.optim.AdamW: FAMILIES[2],
+OF_TORCH: dict[type[torch.optim.Optimizer], Family] = {
+    torch.optim.Adadelta: adadelta.FAMILY,
+    torch.optim.Adagrad: adagrad.FAMILY,
+    torch.optim.Adam: adam.FAMILY,
+    torch.optim.AdamW: adam.DECOUPLED_FAMILY,
+    torch.optim.RMSprop: rmsprop.FAMILY,
+    torch.optim.SGD: sgd.FAMILY,
 }
 
 
@@ -62,4 +100,4 @@ def family_of(optimizer: torch.optim.Optimizer) -> Family | None:
     if isinstance(optimizer, RuleOptimizer):
         own_step = inspect.unwrap(type(optimizer).step) is not inspect.unwrap(RuleOptimizer.step)  # torch wraps each
         return None if own_step else optimizer.family
-    return _OF_TORCH.get(type(optimizer))
+    return OF_TORCH.get(type(optimizer))

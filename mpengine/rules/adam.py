@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpengine.rules.arithmetic import power, sqrt_rn
+from mpengine.rules.arithmetic import lerp, power, sqrt_rn
 from mpengine.rules.declaration import Family, Numbers, Rule, Slots
 
 
@@ -55,8 +55,7 @@ def moments(p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: Numbers) -> tuple[Ten
     sign, coupled_decay, decay_factor, one_minus_beta1, beta2, one_minus_beta2 = c[:6]
     g = g * sign + p * coupled_decay
     p = p * decay_factor
-    way = g - m  # torch's lerp: from the nearer end, so that beta1 = 0 gives g itself
-    m = g - way * (1.0 - one_minus_beta1) if one_minus_beta1 >= 0.5 else m + way * one_minus_beta1
+    m = lerp(m, g, one_minus_beta1)
     v = v * beta2 + (g * one_minus_beta2) * g
     return p, m, v
 
@@ -71,8 +70,7 @@ ADAM = Rule("adam", adam, ("exp_avg", "exp_avg_sq"))
 ADAM_AMSGRAD = Rule("adam_amsgrad", adam_amsgrad, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"))
 
 
-def family(always_decoupled: bool) -> Family:
-    """Of `torch.optim.Adam`, or of AdamW."""
+def _family(always_decoupled: bool) -> Family:
     return Family(
         "adam",
         lambda group: (
@@ -87,3 +85,7 @@ def family(always_decoupled: bool) -> Family:
         adam_scalars,
         slots=ADAM_AMSGRAD.slots,
     )
+
+
+FAMILY = _family(always_decoupled=False)
+DECOUPLED_FAMILY = _family(always_decoupled=True)

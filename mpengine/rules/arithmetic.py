@@ -24,6 +24,12 @@ def power(base: Any, exponent: np.ndarray) -> np.ndarray:
     return result
 
 
+def lerp(start: Tensor, end: Tensor, weight: float) -> Tensor:
+    """As torch's `start.lerp(end, weight)`: from the nearer end, so that a weight of 1 gives `end` itself."""
+    way = end - start
+    return end - way * (1.0 - weight) if weight >= 0.5 else start + way * weight
+
+
 def sqrt_rn(x: Tensor) -> Tensor:
     """The correctly rounded FP32 square root (torch's own, on a CPU, is not)."""
     return torch.from_numpy(np.asarray(np.sqrt(x.numpy()))) if x.device.type == "cpu" else torch.sqrt(x)

@@ -8,19 +8,24 @@ from pathlib import Path
 
 import pytest
 
+from mpengine import rules
+
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
-SLOTS = {"assign": 0, "sgd": 0, "sgd_momentum": 1, "adam": 2, "adam_amsgrad": 3}
+SLOTS = {rule.name: len(rule.slots) for rule in rules.BUILT_IN}
+MEASURED = {f"measure {rule.name}": len(rule.slots) for rule in rules.BUILT_IN if rule.measure is not None}
 CASES = {
     *SLOTS,
+    *MEASURED,
+    *(f"settle {rule.name}" for rule in rules.BUILT_IN if rule.settle is not None),
     *(f"{kernel}{kinds}" for kernel in ("inspect", "adam") for kinds in ("", " fp16+fp32", " bf16", " fp32")),
     *(f"{kernel} {kinds}, several losses" for kernel in ("inspect", "adam") for kinds in ("fp16", "any kind")),
-    *(f"decide {family}" for family in ("adam", "sgd", "no family", "adam scheduled")),
+    *(f"decide {family}" for family in (*(f.name for f in rules.FAMILIES), "no family", "adam scheduled")),
     "update_scale",
 }
-USUAL = {"inspect", *SLOTS, "inspect fp16+fp32", "adam fp16+fp32", "decide adam", "update_scale"}
+USUAL = {"inspect", *SLOTS, *MEASURED, "inspect fp16+fp32", "adam fp16+fp32", "decide adam", "update_scale"}
 
 
 def run_without_interpreter(*arguments):
@@ -88,6 +93,14 @@ def test_full_blocks_of_update_move_each_tensor_once(rows, arch):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_measure_reads_each_tensor_once(rows, arch):
+    for case, slots in MEASURED.items():
+        path = rows[case, arch]["paths"][0]
+        assert path["bytes_per_parameter"] <= 2 + 4 + 4 * slots, case  # what it does not use is not read
+        assert path["stores"] == [], case
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_a_mixed_binary_has_a_path_for_each_pair_of_kinds(rows, arch):
     """Gradient and parameter: halves, FP32 that is its own master, and halves with FP32 gradients from `unscale_`."""
     paths = [(path["loads"], path["stores"]) for path in rows["adam fp16+fp32", arch]["paths"]]
@@ -115,6 +128,9 @@ def test_division_and_root_round_to_nearest(rows, arch):
     adam, decide = rows["adam", arch], rows["decide adam", arch]
     assert count(adam, "sqrt.rn.f32") == 4 + 1  # of the elements of a thread in a full block, and in another
     assert count(adam, "div.rn.f32") == (4 + 1) + 2  # and 1 / scale
+    for rule, roots in (("rmsprop_centered", 1), ("adagrad", 1), ("adadelta", 2)):
+        assert count(rows[rule, arch], "sqrt.rn.f32") == roots * (4 + 1)
+        assert count(rows[rule, arch], "div.rn.f32") == (4 + 1) + 2
     assert count(decide, "div.rn.f64") == 2
     assert count(decide, "sqrt.rn.f64") == 2
     assert count(decide, "div.rn.f32") == 1
