@@ -9,7 +9,10 @@ from typing import NoReturn
 
 # The longest name that covers what was asked for is the one that answers.
 INSTEAD = {
-    "amp_C": "apex.optimizers' classes, or torch.optim with fused=True",
+    "amp_C.multi_tensor_adagrad": "apex.optimizers.FusedAdagrad",
+    "amp_C.multi_tensor_adam": "apex.optimizers.FusedAdam",
+    "amp_C.multi_tensor_lamb": "apex.optimizers.FusedLAMB",
+    "amp_C.multi_tensor_sgd": "apex.optimizers.FusedSGD",
     "apex.RNN": "torch.nn.LSTM, torch.nn.GRU and torch.nn.RNN",
     "apex.contrib.bottleneck": "torchvision.models.resnet.Bottleneck",
     "apex.contrib.clip_grad": "torch.nn.utils.clip_grad_norm_",
@@ -34,10 +37,8 @@ INSTEAD = {
     "apex.contrib.xentropy": "torch.nn.CrossEntropyLoss",
     "apex.fused_dense": "torch.nn.Linear",
     "apex.mlp": "torch.nn.Sequential of torch.nn.Linear and torch.nn.ReLU",
-    "apex.multi_tensor_apply": "torch._foreach_mul_ and its like",
     "apex.normalization.FusedLayerNormAffineFunction": "apex.normalization.fused_layer_norm_affine",
     "apex.normalization.FusedRMSNormAffineFunction": "apex.normalization.fused_rms_norm_affine",
-    "apex.optimizers.FusedAdagrad": "torch.optim.Adagrad",
     "apex.optimizers.FusedMixedPrecisionLamb": "apex.optimizers.FusedLAMB with apex.amp.initialize",
     "apex.optimizers.FusedNovoGrad": "apex.optimizers.FusedAdam",
     "apex.parallel.LARC": "max_grad_norm= of mpengine.prepare",

@@ -30,6 +30,7 @@ PROVIDED: dict[str, str | None] = {
     "apex.normalization": "mpengine.apex.normalization",
     "apex.normalization.fused_layer_norm": "mpengine.apex.normalization",
     "apex.optimizers": "mpengine.apex.optimizers",
+    "apex.optimizers.fused_adagrad": "mpengine.apex.optimizers",
     "apex.optimizers.fused_adam": "mpengine.apex.optimizers",
     "apex.optimizers.fused_lamb": "mpengine.apex.optimizers",
     "apex.optimizers.fused_sgd": "mpengine.apex.optimizers",

@@ -13,17 +13,21 @@ from typing import Any
 import torch
 
 from mpengine import optim
-from mpengine.rules import adam, lamb, sgd
+from mpengine.rules import adagrad, adam, lamb, sgd
 from mpengine.rules.declaration import Family
 from mpengine.rules.own import Hyperparameter, RuleOptimizer
 
-__all__ = ["FusedAdam", "FusedLAMB", "FusedSGD"]
+__all__ = ["FusedAdagrad", "FusedAdam", "FusedLAMB", "FusedSGD"]
 
 Betas = tuple[float, float]
 
 _FLAG = Hyperparameter(False)
 _RATE = Hyperparameter(at_least=0.0)
 _BETAS = Hyperparameter((0.9, 0.999), at_least=0.0, below=1.0)
+_DECAY_YOURSELF = (
+    "give weight_decay=0, and before each step decay the FP32 weights under torch.no_grad(): "
+    "torch._foreach_mul_(list(amp.master_params(optimizer)), 1 - lr * weight_decay)."
+)
 
 
 class _Fused(RuleOptimizer):
@@ -184,10 +188,7 @@ class FusedSGD(_Fused):
         if nesterov and (momentum <= 0 or dampening != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
         if wd_after_momentum:
-            raise ValueError(
-                "wd_after_momentum=True is not supported: give weight_decay=0, and decay the weights after the step, "
-                "torch._foreach_mul_(list(optimizer.master_params()), 1 - lr * weight_decay)."
-            )
+            raise ValueError(f"wd_after_momentum=True is not supported: {_DECAY_YOURSELF}")
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -251,3 +252,42 @@ class FusedLAMB(_Fused):
             "max_grad_norm": max_grad_norm or 0.0,
         }
         super().__init__(params, defaults, amsgrad)
+
+
+class FusedAdagrad(_Fused):
+    """Adagrad. See `torch.optim.Adagrad`.
+
+    Args:
+        params: Parameters or param groups, as of any torch optimizer.
+        lr: The rate, at least 0.
+        eps: Added to the root, at least 0.
+        weight_decay: At least 0; part of the gradient.
+        set_grad_none: Without effect.
+        adagrad_w_mode: Refused.
+
+    Raises:
+        TypeError: A hyperparameter is of another type.
+        ValueError: It is out of its bounds, or refused.
+    """
+
+    family = Family(
+        "adagrad",
+        lambda group: (group["lr"], 0.0, group["eps"], group["weight_decay"], 0.0),  # no lr_decay, no maximize
+        lambda group: adagrad.ADAGRAD,
+        adagrad.adagrad_scalars,
+        slots=adagrad.ADAGRAD.slots,
+    )
+    hyperparameters = {"lr": _RATE, "eps": _RATE, "weight_decay": _RATE}  # noqa: RUF012
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-2,
+        eps: float = 1e-10,
+        weight_decay: float = 0.0,
+        set_grad_none: bool = True,
+        adagrad_w_mode: bool = False,
+    ) -> None:
+        if adagrad_w_mode:
+            raise ValueError(f"adagrad_w_mode=True is not supported: {_DECAY_YOURSELF}")
+        super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": weight_decay})

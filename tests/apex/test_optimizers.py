@@ -13,7 +13,7 @@ from mpengine import amp
 from mpengine.apex import optimizers as O
 from tests.kernels.harness import BRAIN, SINGLE, Grad, Problem, Spec, check
 
-KINDS = [O.FusedAdam, O.FusedSGD, O.FusedLAMB]
+KINDS = [O.FusedAdagrad, O.FusedAdam, O.FusedLAMB, O.FusedSGD]
 SHAPES = [(7,), (3, 5), (), (65,)]
 
 
@@ -27,6 +27,9 @@ def test_arguments_are_apexs():
         ("lr", 1e-3), ("bias_correction", True), ("betas", (0.9, 0.999)), ("eps", 1e-8), ("adam_w_mode", True),
         ("weight_decay", 0.0), ("amsgrad", False), ("set_grad_none", True), ("capturable", False),
         ("master_weights", False),
+    ]  # fmt: skip
+    assert defaults(O.FusedAdagrad) == [
+        ("lr", 1e-2), ("eps", 1e-10), ("weight_decay", 0.0), ("set_grad_none", True), ("adagrad_w_mode", False),
     ]  # fmt: skip
     assert defaults(O.FusedSGD) == [
         ("lr", inspect.Parameter.empty), ("momentum", 0.0), ("dampening", 0.0), ("weight_decay", 0.0),
@@ -54,6 +57,11 @@ def test_nesterov_needs_momentum(args):
 def test_wd_after_momentum_is_refused():
     with pytest.raises(ValueError, match=r"wd_after_momentum=True is not supported.*_foreach_mul_"):
         O.FusedSGD(nn.Linear(1, 1).parameters(), 0.1, wd_after_momentum=True)
+
+
+def test_adagrad_w_mode_is_refused():
+    with pytest.raises(ValueError, match=r"adagrad_w_mode=True is not supported.*_foreach_mul_"):
+        O.FusedAdagrad(nn.Linear(1, 1).parameters(), adagrad_w_mode=True)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +118,10 @@ PAIRS = {
     "Nesterov": (
         lambda params: O.FusedSGD(params, 0.1, 0.9, nesterov=True),
         lambda params: torch.optim.SGD(params, 0.1, 0.9, nesterov=True),
+    ),
+    "Adagrad": (
+        lambda params: O.FusedAdagrad(params, lr=0.1, weight_decay=0.1),
+        lambda params: torch.optim.Adagrad(params, lr=0.1, weight_decay=0.1, eps=1e-10),
     ),
     "LAMB": (
         lambda params: O.FusedLAMB(params, lr=0.02, grad_averaging=False, use_nvlamb=True),
@@ -203,6 +215,29 @@ def test_initialize_takes_them(kind, level):
         losses.append(loss.item())
     assert optimizer.steps_taken == 12
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_the_remedy_for_decay_after_momentum():
+    """p = p - lr * (b + decay * p) with b = momentum * b + g, in float64, and what the refusal says instead."""
+    lr, momentum, decay = 0.1, 0.5, 0.25
+    model, exact = Product(), [p.detach().double() for p in Product().own]
+    buffers = [torch.zeros_like(p) for p in exact]
+    optimizer = O.FusedSGD(model.parameters(), lr, momentum)
+    model, optimizer = amp.initialize(model, optimizer, opt_level="O2", loss_scale=64.0, verbosity=0)
+    for seed in range(3):
+        optimizer.zero_grad()
+        with amp.scale_loss(model(seed), optimizer) as scaled:
+            scaled.backward()
+        with torch.no_grad():
+            torch._foreach_mul_(list(amp.master_params(optimizer)), 1 - lr * decay)
+        twin = Product()
+        twin(seed).backward()
+        for value, buffer, param in zip(exact, buffers, twin.own, strict=True):
+            buffer.mul_(momentum).add_(param.grad)
+            value.sub_(lr * (buffer + decay * value))
+        optimizer.step()
+    for ours, true in zip(amp.master_params(optimizer), exact, strict=True):
+        assert (ours.double() - true).abs().max() <= 3 * 8 * 2.0**-24 * 4
 
 
 # What apex saved.
