@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
 from mpengine.amp.optimizer import AmpOptimizer
@@ -75,9 +74,10 @@ def alive() -> list[Amp]:
     return list(_every)
 
 
-def wrapper_of(optimizer: torch.optim.Optimizer) -> AmpOptimizer | None:
+def wrapper_of(optimizer: object) -> AmpOptimizer | None:
     """The optimizer that `initialize` returned, from itself or the one that it was given; None: from neither."""
-    found = optimizer if isinstance(optimizer, AmpOptimizer) else optimizer.__dict__.get("_amp_optimizer")
+    known = getattr(optimizer, "__dict__", {})
+    found = optimizer if isinstance(optimizer, AmpOptimizer) else known.get("_amp_optimizer")
     return found if isinstance(found, AmpOptimizer) and "_amp" in found.__dict__ else None  # a copy has no state
 
 

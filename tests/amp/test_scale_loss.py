@@ -45,6 +45,8 @@ def test_before_initialize():
 
 def test_an_optimizer_that_amp_does_not_know():
     model, optimizer = weights()
+    with pytest.raises(RuntimeError, match="optimizer 0 of scale_loss is a NoneType"), amp.scale_loss(None, None):
+        pass
     stranger = torch.optim.Adam([torch.zeros(1, requires_grad=True)])
     with (
         pytest.raises(RuntimeError, match="optimizer 1 of scale_loss is a Adam that"),
