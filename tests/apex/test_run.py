@@ -249,7 +249,7 @@ def test_an_apex_beside_the_script_is_an_installed_one(tmp_path):
 
 
 RANKS = """
-import os, sys, torch
+import os, sys, time, torch
 import torch.distributed as dist
 from apex import amp
 from apex.parallel import DistributedDataParallel as DDP
@@ -271,7 +271,12 @@ masters = torch.cat([p.detach().reshape(-1) for p in amp.master_params(optimizer
 others = [torch.empty_like(masters) for _ in range(2)]
 dist.all_gather(others, masters)
 assert torch.equal(*others) and optimizer.steps_taken == 3
-open(f"done{rank}", "w").write(" ".join(sys.argv))
+with open(f"done{rank}", "w") as file:
+    file.write(" ".join(sys.argv))
+deadline = time.monotonic() + 30
+while not os.path.exists(f"done{1 - rank}") and time.monotonic() < deadline:
+    time.sleep(0.01)
+os._exit(0)  # gloo's threads sometimes abort a process that ends otherwise
 """
 
 
