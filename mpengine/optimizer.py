@@ -33,9 +33,9 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
     update    unscale, clip, update master and state, write the parameter     (one pass)
     ```
 
-    SGD, Adam, AdamW, RMSprop, Adagrad, Adadelta and the optimizers of `mpengine.optim` run in this fused form, without
-    a sync. Any other torch optimizer steps by its own `step()` on the masters, after one sync. FP32 parameters are
-    their own masters.
+    The torch optimizers of `rules.OF_TORCH` (SGD, Adam, AdamW and others) and those of `mpengine.optim` run in this
+    fused form, without a sync. Any other torch optimizer steps by its own `step()` on the masters, after one sync. FP32
+    parameters are their own masters.
 
     Args:
         optimizer: The optimizer to wrap. Its `param_groups` stay shared with it; state that it has is kept.
