@@ -71,7 +71,9 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
         self._inner = optimizer
         self._family = family_of(optimizer)
         self._scaler: GradScaler | None = None
-        self.max_grad_norm = optimizer.defaults.get("max_grad_norm") or None if max_grad_norm is None else max_grad_norm
+        if max_grad_norm is None and isinstance(optimizer, RuleOptimizer):
+            max_grad_norm = optimizer.defaults.get("max_grad_norm") or None
+        self.max_grad_norm = max_grad_norm
         self._execution: Execution | None = None
         self._masters: dict[Tensor, Tensor] = {}  # of fp16 and bf16 parameters that are trained
         self._steps: dict[Tensor, Tensor] = {}  # int32, 0-dim; has every parameter that is trained
