@@ -40,8 +40,8 @@ class LAMB(RuleOptimizer):
         grad_averaging: Whether g enters m with the factor 1 - beta1; else 1.
         adam_w_mode: Whether the decay is part of r; else of g.
         use_nvlamb: Whether the norms count without weight decay, too.
-        max_grad_norm: The norm that the gradient of all parameters is clipped to first; 0 or None: no clipping. What
-            `prepare` is given wins.
+        max_grad_norm: The norm that the gradient of all parameters is clipped to first; 0 or None: no clipping. Every
+            param group has the same; what `prepare` is given wins.
 
     Raises:
         TypeError: A hyperparameter is of another type.

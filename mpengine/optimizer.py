@@ -71,8 +71,6 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
         self._inner = optimizer
         self._family = family_of(optimizer)
         self._scaler: GradScaler | None = None
-        if max_grad_norm is None and isinstance(optimizer, RuleOptimizer):
-            max_grad_norm = optimizer.defaults.get("max_grad_norm") or None
         self.max_grad_norm = max_grad_norm
         self._execution: Execution | None = None
         self._masters: dict[Tensor, Tensor] = {}  # of fp16 and bf16 parameters that are trained
@@ -123,7 +121,12 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
 
     @property
     def max_grad_norm(self) -> float | None:
-        """The norm that gradients are clipped to; None: no clipping. May be set between steps."""
+        """The norm that gradients are clipped to; None: no clipping. May be set between steps.
+
+        None set here leaves it to an optimizer that clips by itself: LAMB's is in its param groups.
+        """
+        if self._max_grad_norm is None and isinstance(self._inner, RuleOptimizer):
+            return self._inner.clips_at()
         return self._max_grad_norm
 
     @max_grad_norm.setter
@@ -293,8 +296,15 @@ class MixedPrecisionOptimizer(torch.optim.Optimizer):
         family = self._family
         if isinstance(self._inner, RuleOptimizer):
             self._inner.check_groups()
-        hyper = [[0.0]] if family is None else [list(family.hyperparameters(group)) for group in self.param_groups]
-        return hyper, self._max_grad_norm or math.inf
+        try:
+            hyper = [[0.0]] if family is None else [list(family.hyperparameters(group)) for group in self.param_groups]
+        except (TypeError, ValueError) as error:
+            numbers = [{k: v for k, v in group.items() if k in self.defaults} for group in self.param_groups]
+            raise TypeError(
+                f"{type(self._inner).__name__} cannot use the hyperparameters of its groups ({error}): {numbers}. Set "
+                "them in optimizer.param_groups."
+            ) from error
+        return hyper, self.max_grad_norm or math.inf
 
     def _gather(self) -> Pending:
         """The pending gradients of each parameter."""

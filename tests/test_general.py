@@ -241,3 +241,21 @@ def test_the_fused_optimizers_do_not_come_here():
 def test_a_differentiable_step_is_refused(make):
     with pytest.raises(TypeError, match=f"{make.__name__} has differentiable=True"):
         MixedPrecisionOptimizer(make(parameters(), differentiable=True))
+
+
+def test_a_step_that_somebody_put_on_the_object_is_taken():
+    """torch's schedulers put one there, too, which is the class's own."""
+    param = torch.nn.Parameter(torch.ones(3, dtype=torch.float16))
+    plain = torch.optim.SGD([param], lr=0.5)
+    torch.optim.lr_scheduler.StepLR(plain, 10)
+    assert MixedPrecisionOptimizer(plain)._family is not None
+
+    param = torch.nn.Parameter(torch.ones(3, dtype=torch.float16))
+    changed = torch.optim.SGD([param], lr=0.5)
+    taken = []
+    changed.step = lambda: taken.append([p.dtype for p in changed.param_groups[0]["params"]])
+    optimizer = MixedPrecisionOptimizer(changed)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert taken == [[torch.float32]]
+    assert param.tolist() == [1.0, 1.0, 1.0]

@@ -48,6 +48,7 @@ class AmpOptimizer(MixedPrecisionOptimizer):
         def step(_: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
             return own_step(*args, **kwargs) if self._stepping_inner else self.step(*args, **kwargs)
 
+        step.__wrapped__ = getattr(own_step, "__func__", own_step)  # type: ignore[attr-defined]  # it still is this one's
         if hasattr(own_step, "_wrapped_by_lr_sched"):  # by a scheduler that warns where it does not find it again
             step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
         optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]

@@ -126,9 +126,15 @@ def family_of(optimizer: torch.optim.Optimizer) -> Family | None:
     """The family that steps `optimizer` in the fused kernel, or None for the general path.
 
     Of torch's only the very classes above: a subclass may have a step of its own. A `RuleOptimizer` has its family,
-    unless a subclass has another `step`.
+    unless a subclass has another `step`; and an object that was given another one has none.
     """
-    if isinstance(optimizer, RuleOptimizer):
-        own_step = inspect.unwrap(type(optimizer).step) is not inspect.unwrap(RuleOptimizer.step)  # torch wraps each
-        return None if own_step else optimizer.family
-    return OF_TORCH.get(type(optimizer))
+    known = RuleOptimizer if isinstance(optimizer, RuleOptimizer) else type(optimizer)
+    if _step_of(optimizer) is not inspect.unwrap(known.step):
+        return None
+    return optimizer.family if isinstance(optimizer, RuleOptimizer) else OF_TORCH.get(type(optimizer))
+
+
+def _step_of(optimizer: torch.optim.Optimizer) -> object:
+    """The function behind `optimizer.step`: torch wraps it for each class, and its schedulers for each object."""
+    step = optimizer.step
+    return inspect.unwrap(getattr(step, "__func__", step))

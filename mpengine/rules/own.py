@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -50,7 +50,9 @@ class RuleOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, once its hyperparameters are checked; those that it lacks are the defaults."""
         if isinstance(param_group, dict):  # what else it may be, torch refuses
-            self.check_group({**self.defaults, **param_group}, len(self.param_groups))
+            group = {**self.defaults, **param_group}
+            self.check_group(group, len(self.param_groups))
+            _check_one_norm([*self.param_groups, group])
         super().add_param_group(param_group)
 
     def check_group(self, group: Mapping[str, Any], index: int) -> None:
@@ -65,6 +67,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         """Raises where users or schedulers set a hyperparameter in `param_groups` to what it cannot be."""
         for index, group in enumerate(self.param_groups):
             self.check_group(group, index)
+        _check_one_norm(self.param_groups)
+
+    def clips_at(self) -> float | None:
+        """The norm that the gradient of all parameters is clipped to by the optimizer itself; None: no clipping."""
+        return self.param_groups[0].get("max_grad_norm") or None
 
     def check_schedule(self, columns: Mapping[str, np.ndarray]) -> None:
         """Raises where a scheduled hyperparameter leaves its bounds.
@@ -72,6 +79,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         Args:
             columns: By name [steps, groups], or [steps, groups, n] where it is a tuple of n.
         """
+        if "max_grad_norm" in columns:
+            raise ValueError("max_grad_norm cannot be scheduled: set optimizer.max_grad_norm between steps instead.")
         for name, column in columns.items():
             if name not in self.hyperparameters:
                 continue
@@ -85,6 +94,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             self.check_group(group, index)
             for i, param in enumerate(group["params"]):
                 self._check_state(group, _shown(group, index, i), param, state["state"].get(param, {}))
+        _check_one_norm(state["param_groups"])
         super().__setstate__(state)
 
     def _check_state(self, group: Mapping[str, Any], name: str, param: Tensor, own: Mapping[str, Any]) -> None:
@@ -138,8 +148,8 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _clip(self, grads: list[Tensor]) -> float:
         """The factor on every gradient, as `decide` has it, where the optimizer clips by itself."""
-        limit = self.defaults.get("max_grad_norm")
-        if not limit or not grads:
+        limit = self.clips_at()
+        if limit is None or not grads:
             return 1.0
         norm = np.float32(math.sqrt(sum(float(g.float().square().sum(dtype=torch.float64)) for g in grads)))
         quotient = np.float32(limit) / (norm + np.float32(1e-6))
@@ -188,6 +198,16 @@ class RuleOptimizer(torch.optim.Optimizer):
         values = [float(value) for value in self.family.hyperparameters(group)]
         row[: len(values), 0] = values
         return row
+
+
+def _check_one_norm(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError where groups differ in the norm that all gradients together are clipped to."""
+    norms = [group.get("max_grad_norm") for group in groups]
+    if norms[1:] != norms[:-1]:
+        raise ValueError(
+            f"max_grad_norm is {norms} in the groups of this optimizer; the gradient of all parameters is clipped to "
+            "one norm: give every group the same."
+        )
 
 
 def _shown(group: Mapping[str, Any], index: int, i: int) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpengine import rules
+from mpengine import MixedPrecisionOptimizer, rules
 from mpengine.optim import LAMB
 from tests.rules.properties import check_equations, check_kernels, check_learns, check_run, exact, numbers
 
@@ -91,6 +91,50 @@ def test_it_clips_by_itself():
     LAMB(given, **FREE).step()
     for param, twin in zip(clipped, given, strict=True):
         torch.testing.assert_close(param, twin, rtol=1e-6, atol=0.0)
+
+
+def clipped_to(optimizer, param, norm):
+    """Whether a second step, after one of small gradients, is that of gradients of this norm: LAMB forgets a factor."""
+    twin = torch.nn.Parameter(param.detach().clone())
+    free = LAMB([twin], **FREE)
+    for size in (0.01, 100.0):
+        param.grad, twin.grad = torch.full_like(param, size), torch.full_like(twin, min(size, norm / len(twin) ** 0.5))
+        optimizer.step(), free.step()
+    return torch.allclose(param, twin, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_the_groups_say_what_it_clips_to(prepared):
+    def made(**kw):
+        param = torch.nn.Parameter(torch.linspace(1.0, 2.0, 16))
+        optimizer = LAMB([param], **kw)
+        return (MixedPrecisionOptimizer(optimizer) if prepared else optimizer), param
+
+    assert clipped_to(*made(max_grad_norm=0.5), 0.5)
+    assert not clipped_to(*made(max_grad_norm=0.5), 0.25)
+    optimizer, param = made(max_grad_norm=0.5)
+    optimizer.param_groups[0]["max_grad_norm"] = 0.25
+    assert clipped_to(optimizer, param, 0.25)
+    saved = made(max_grad_norm=0.25)[0].state_dict()
+    optimizer, param = made()
+    optimizer.load_state_dict(saved)
+    assert clipped_to(optimizer, param, 0.25)
+    with pytest.raises(ValueError, match=r"max_grad_norm is \[0.25, 2.0\] in the groups"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))], "max_grad_norm": 2.0})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_its_clipping_cannot_be_scheduled():
+    optimizer = MixedPrecisionOptimizer(LAMB([torch.nn.Parameter(torch.ones(3))]))
+
+    class Tightening(torch.optim.lr_scheduler.LRScheduler):
+        def get_lr(self):
+            for group in self.optimizer.param_groups:
+                group["max_grad_norm"] = 1.0 / (1 + self.last_epoch)
+            return [group["lr"] for group in self.optimizer.param_groups]
+
+    with pytest.raises(ValueError, match=r"set optimizer.max_grad_norm between steps"):
+        optimizer.schedule(Tightening, steps=3)
 
 
 def test_the_kernels_have_the_same_bits():
