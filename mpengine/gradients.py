@@ -55,11 +55,14 @@ class Ledger:
     Attributes:
         zeros_drop: Whether `.grad` that somebody has set to zeros in place, as `model.zero_grad(set_to_none=False)`
             does, drops what else was pending on its parameter; else such an edit is refused like any other.
+        refuses_replaced: Whether another fp16 or bf16 tensor in the place of a pending, scaled `.grad` is an error;
+            else it is a gradient without a record.
     """
 
     def __init__(self, several: bool, name_of: Callable[[Tensor], str]) -> None:
         self.several = several
         self.zeros_drop = False
+        self.refuses_replaced = False
         self.latest: Label | None = None
         self.passes = 0  # backward passes of scaled losses so far
         self._name_of = name_of
@@ -371,6 +374,8 @@ class Ledger:
             param = record.param()
             grad = None if param is None else param.grad
             if param is None or grad is None or not record.holds(param, grad):
+                if param is not None and grad is not None and self.refuses_replaced:
+                    self._check_replaced(param, grad, record)
                 del self._records[key]
             elif record.aside and grad._version != record.version and (record.spent or self._was_zeroed(grad)):
                 record.forget_aside()
@@ -381,6 +386,26 @@ class Ledger:
                     "zero_grad(set_to_none=True), or optimizer.zero_grad(). To clip or edit the sum: "
                     "scaler.unscale_(optimizer) first."
                 )
+
+    def _check_replaced(self, param: Tensor, grad: Tensor, record: Record) -> None:
+        if record.is_scaled() and grad.dtype in (torch.float16, torch.bfloat16):
+            raise RuntimeError(
+                f"the gradient of {self._name_of(param)} was replaced by another {grad.dtype} tensor since its "
+                "backward pass; that one carried the loss's scale, and whether this one does is unknown. Edit it in "
+                "place, or edit the unscaled gradients of amp.master_params(optimizer); to drop it, "
+                "optimizer.zero_grad()."
+            )
+
+    def has_edited_scaled(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether somebody has written, in place, a scaled fp16 or bf16 gradient that is still to be stepped."""
+        self._expand()
+        for param in parameters(optimizer):
+            record, grad = self._records.get(id(param)), param.grad
+            if record is None or grad is None or param.dtype == torch.float32 or not record.is_scaled():
+                continue
+            if record.holds(param, grad) and record.version != grad._version:
+                return True
+        return False
 
     def _was_zeroed(self, grad: Tensor) -> bool:
         return self.zeros_drop and not bool(grad.any())  # one sync, where several gradients were pending

@@ -177,6 +177,10 @@ class Record:
             self.note(grad, self.label, self.spent)
         return self.grad() is grad
 
+    def is_scaled(self) -> bool:
+        """Whether `.grad`, as it was noted, carries a scale and waits to be stepped."""
+        return self.label is not None and self.label.scale is not None and not self.spent
+
     def reached(self, grad: Tensor, label: Label, local: bool) -> None:
         """A backward pass is over; where it wrote this gradient, it left it local or averaged it over all ranks."""
         if self.grad() is not grad or self.version != grad._version:

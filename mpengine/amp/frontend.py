@@ -13,7 +13,7 @@ from mpengine import validation
 from mpengine.amp import casts, modules, state
 from mpengine.amp.optimizer import AmpOptimizer
 from mpengine.amp.overflow_log import OverflowLog
-from mpengine.amp.properties import Properties, chosen, scale_bounds
+from mpengine.amp.properties import Properties, as_bool, chosen, scale_bounds
 from mpengine.amp.scaler import LossScaler
 from mpengine.gradients import parameters
 
@@ -23,7 +23,7 @@ logger = logging.getLogger("mpengine.amp")
 def initialize(
     models: Any,
     optimizers: Any = None,
-    enabled: bool = True,
+    enabled: bool | str = True,
     opt_level: str = "O1",
     cast_model_type: torch.dtype | Literal[False] | None = None,
     patch_torch_functions: bool | str | None = None,
@@ -82,6 +82,8 @@ def initialize(
         ...     scaled_loss.backward()
         >>> optimizer.step()
     """
+    if isinstance(enabled, str):
+        enabled = as_bool("enabled", enabled)
     if not enabled:
         casts.begin(False)
         state.begin(state.Amp(Properties(enabled=False), None, [], verbosity))

@@ -32,8 +32,9 @@ def scale_loss(
     ```
 
     FP32 parameters have the true gradient in `.grad` then; for fp16 ones `master_params` gives it. An exception in the
-    body leaves gradients, scale and skips as they were before it (of a pass on top of delayed ones what it has added
-    stays). A step whose pending gradients are not finite is skipped even where nobody listed its optimizer.
+    body leaves gradients, scale and skips as they were before it; where its pass ran on top of delayed ones, which hold
+    a part of it now, they have to be zeroed before the next pass or step, which are refused until then. A step whose
+    pending gradients are not finite is skipped even where nobody listed its optimizer.
 
     Args:
         loss: Floating point, of any shape.
@@ -57,15 +58,20 @@ def scale_loss(
         yield loss
         return
     scaler = amp.scaler
-    scaler._check_loss_id(loss_id)
+    _check_loss_id(loss_id, scaler.num_losses)
+    for optimizer in listed:
+        optimizer.check_unspoiled()
     scaler.verdicts.review()
     joins = loss_id in amp.delayed and scaler.has_unchecked(loss_id)
     scaled: Tensor = scaler.scale(loss, loss_id)
+    passes = scaler.passes
     try:
         yield scaled
     except BaseException:
         if not joins:
             scaler.discard(loss_id)
+        elif scaler.passes != passes:
+            scaler.spoil(loss_id)
         raise
     if delay_unscale or not listed:
         amp.delayed.add(loss_id)
@@ -99,6 +105,14 @@ def master_params(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
         return iter(list(parameters(optimizer)))
     wrapper.unscale_pending()
     return wrapper.master_params()
+
+
+def _check_loss_id(loss_id: int, num_losses: int) -> None:
+    if isinstance(loss_id, bool) or not isinstance(loss_id, int) or not 0 <= loss_id < num_losses:
+        raise ValueError(
+            f"loss_id is {loss_id!r}; amp.initialize was given num_losses={num_losses}, so it must be an int in "
+            f"[0, {num_losses - 1}]. Give amp.initialize(num_losses=...) as many as you need."
+        )
 
 
 def _state_of(optimizers: Any) -> tuple[state.Amp, list[AmpOptimizer]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from inspect import unwrap
 from types import MethodType
@@ -34,6 +35,8 @@ class AmpOptimizer(MixedPrecisionOptimizer):
 
     _stepping_inner = False
     _replaced = False
+    _spoiled: int | None = None  # the loss of which a pass failed on top of delayed gradients
+    _looks_for_edits = 3  # steps
 
     def __init__(
         self,
@@ -89,10 +92,37 @@ class AmpOptimizer(MixedPrecisionOptimizer):
         if closure is not None:
             raise RuntimeError("Currently, Amp does not support closure use with optimizers.")
         if all(param.grad is None for param in parameters(self)):
+            self._spoiled = None
             self.loss_scaler.verdicts.stepped(self)
             self._inner._opt_called = True  # type: ignore[attr-defined]  # schedulers ask
             return
+        self.check_unspoiled()
+        edited = self._are_edited()
         unwrap(MixedPrecisionOptimizer.step)(self)  # torch wraps each class's step with the hooks; once is enough
+        if edited:
+            _warn_of_edits()
+
+    def spoil(self, loss_id: int) -> None:
+        """A pass failed on top of delayed gradients, and what it added cannot be taken out of them."""
+        self._spoiled = loss_id
+
+    def check_unspoiled(self) -> None:
+        """Raises RuntimeError where gradients hold a part of a pass that failed, and were not zeroed since."""
+        if self._spoiled is not None and any(param.grad is not None for param in parameters(self)):
+            raise RuntimeError(
+                f"a backward pass of loss {self._spoiled} was broken off by an exception on top of gradients of passes "
+                "with delay_unscale=True, which hold a part of it now. Drop them, with optimizer.zero_grad(), and "
+                "begin the accumulation anew."
+            )
+        self._spoiled = None
+
+    def _are_edited(self) -> bool:
+        """Whether fp16 gradients were edited as they are, which in the first steps is worth a warning, and once."""
+        if self._looks_for_edits == 0 or not self._masters:
+            return False
+        edited = self.loss_scaler._ledger.has_edited_scaled(self)
+        self._looks_for_edits = 0 if edited else self._looks_for_edits - 1
+        return edited
 
     def retire(self) -> None:
         """A later `initialize` takes over the parameters: from now on `step` is an error."""
@@ -113,6 +143,7 @@ class AmpOptimizer(MixedPrecisionOptimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops all pending gradients, and with them the skip that an overflow among them called for."""
         super().zero_grad(set_to_none)
+        self._spoiled = None
         if self._scaler is not None:
             self.loss_scaler.verdicts.forget(self)
 
@@ -159,6 +190,15 @@ class AmpOptimizer(MixedPrecisionOptimizer):
             if labelled and param in self._masters and self._unscaled.get(param) is not labelled[0][1]:
                 return False
         return True
+
+
+def _warn_of_edits() -> None:
+    warnings.warn(
+        "gradients of the model's parameters were edited in place after scale_loss. At O2 and O3 those carry the "
+        "loss's scale: a factor is right, but a norm or a value to clip at means another one there. Clip the unscaled "
+        "gradients: torch.nn.utils.clip_grad_norm_(amp.master_params(optimizer), max_norm).",
+        stacklevel=4,
+    )
 
 
 def _same_of(wrapper: AmpOptimizer, name: str) -> Any:

@@ -84,7 +84,7 @@ def chosen(
                 f"or 'O3'. cast_model_type was {cast_model_type}"
             )
     if patch_torch_functions is not None:
-        overrides["patch_torch_functions"] = _bool("patch_torch_functions", patch_torch_functions)
+        overrides["patch_torch_functions"] = as_bool("patch_torch_functions", patch_torch_functions)
         if opt_level != "O1" and overrides["patch_torch_functions"]:
             raise RuntimeError("Currently, patch_torch_functions=True should only be set by selecting opt_level='O1'.")
     if keep_batchnorm_fp32 is not None:
@@ -93,14 +93,14 @@ def chosen(
                 "With opt_level O1, batchnorm functions are automatically patched to run in FP32, so "
                 f"keep_batchnorm_fp32 should be None. keep_batchnorm_fp32 was {keep_batchnorm_fp32}"
             )
-        overrides["keep_batchnorm_fp32"] = _bool("keep_batchnorm_fp32", keep_batchnorm_fp32)
+        overrides["keep_batchnorm_fp32"] = as_bool("keep_batchnorm_fp32", keep_batchnorm_fp32)
     if master_weights is not None:
         if opt_level == "O1":
             raise RuntimeError(
                 "It doesn't make sense to use master_weights with O1. With O1, your model weights themselves should "
                 "be FP32."
             )
-        overrides["master_weights"] = _bool("master_weights", master_weights)
+        overrides["master_weights"] = as_bool("master_weights", master_weights)
     if loss_scale is not None:
         overrides["loss_scale"] = _loss_scale(loss_scale)
     return replace(LEVELS[opt_level], **overrides)
@@ -117,7 +117,8 @@ def _dtype(value: Any) -> torch.dtype | None:
     return value
 
 
-def _bool(name: str, value: Any) -> bool:
+def as_bool(name: str, value: Any) -> bool:
+    """A flag that may be a string, as command lines give it; ValueError, by name, for anything else."""
     known = {"True": True, "False": False}.get(value, value) if isinstance(value, str) else value
     if not isinstance(known, bool):
         raise ValueError(f"{name} must be a boolean, the string 'True' or 'False', or None, found {name}={value!r}")

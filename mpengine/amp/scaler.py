@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -15,6 +15,15 @@ from mpengine.kernels import layout
 from mpengine.labels import UNSCALED, Pending
 from mpengine.optimizer import MixedPrecisionOptimizer
 from mpengine.sources import Ballot, Column
+
+
+@runtime_checkable
+class Spoilable(Protocol):
+    """`AmpOptimizer`, as far as a failed pass concerns it."""
+
+    def spoil(self, loss_id: int) -> None:
+        """See `AmpOptimizer.spoil`."""
+
 
 _Look = tuple[MixedPrecisionOptimizer, Execution, Pending, list[Column] | None]
 
@@ -43,6 +52,7 @@ class LossScaler(GradScaler):
     def _make_transient(self) -> None:
         super()._make_transient()
         self._ledger.zeros_drop = True
+        self._ledger.refuses_replaced = True
         self.verdicts = Verdicts(self._peek, self._ledger.edited)
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
@@ -107,6 +117,17 @@ class LossScaler(GradScaler):
     def _unchecked_optimizers(self, loss_id: int) -> list[MixedPrecisionOptimizer]:
         watched = [o for o in self._ledger.optimizers if isinstance(o, MixedPrecisionOptimizer)]
         return [o for o in watched if _unchecked(self._peek(o), loss_id).active]
+
+    @property
+    def passes(self) -> int:
+        """Backward passes of scaled losses so far."""
+        return self._ledger.passes
+
+    def spoil(self, loss_id: int) -> None:
+        """A pass of a loss failed on top of unchecked ones: no optimizer that has them may step them."""
+        for optimizer in self._unchecked_optimizers(loss_id):
+            if isinstance(optimizer, Spoilable):
+                optimizer.spoil(loss_id)
 
     def discard(self, loss_id: int) -> None:
         """Drops the gradients of unchecked passes of a loss; what was pending before is there as it was."""

@@ -105,6 +105,10 @@ class _LossScaler:
     def _loss_scale(self) -> float:
         return self.loss_scale()
 
+    @_loss_scale.setter
+    def _loss_scale(self, value: float) -> None:
+        self._scaler().update(float(value), loss_id=self._loss_id)
+
     @property
     def _unskipped(self) -> int:
         return self._scaler().statistics()[self._loss_id].growth_tracker

@@ -55,3 +55,100 @@ def test_zeros_are_zeros_again_after_a_pass_that_broke(level):
     assert next(model.parameters()).grad.tolist() == [0.0] * 3
     optimizer.step()
     assert master(optimizer) == [-1.5] * 3
+
+
+@pytest.mark.parametrize("level", ["O2", "O3"])
+def test_another_tensor_in_the_place_of_a_scaled_gradient_is_refused(level):
+    """Taken for an unscaled one it would be applied many times too large."""
+    model, optimizer = weights(level)
+    backward(model, optimizer, [1.0] * 3)
+    model.weight.grad = model.weight.grad * 0.5
+    with pytest.raises(RuntimeError, match=r"'weight' was replaced by another torch.float16 tensor.*amp.master_params"):
+        optimizer.step()
+    assert master(optimizer) == [0.0] * 3
+    optimizer.zero_grad()
+    backward(model, optimizer, [1.0] * 3)
+    model.weight.grad = model.weight.grad.clone()
+    with pytest.raises(RuntimeError, match="'weight' was replaced"):
+        backward(model, optimizer, [1.0] * 3)
+    model.zero_grad()
+    backward(model, optimizer, [1.0] * 3)
+    optimizer.step()
+    assert master(optimizer) == [-1.0] * 3
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_replaced_unscaled_gradient_is_taken(level):
+    model, optimizer = weights(level)
+    backward(model, optimizer, [1.0] * 3)
+    (param,) = amp.master_params(optimizer)
+    param.grad = param.grad * 0.5
+    optimizer.step()
+    assert master(optimizer) == [-0.5] * 3
+
+
+@pytest.mark.parametrize("level", ["O2", "O3"])
+def test_clipping_scaled_gradients_is_warned_of_once(level):
+    model, optimizer = weights(level)
+    backward(model, optimizer, [3.0, 0.0, 4.0])
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    with pytest.warns(UserWarning, match=r"carry the loss's scale.*amp.master_params\(optimizer\)"):
+        optimizer.step()
+    optimizer.zero_grad()
+    backward(model, optimizer, [1.0] * 3)
+    model.weight.grad.mul_(0.5)
+    optimizer.step()  # warnings are errors
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_pass_that_fails_on_top_of_delayed_ones_is_not_stepped(level):
+    model, optimizer = weights(level)
+    backward(model, optimizer, [1.0] * 3, delay_unscale=True)
+    with contextlib.suppress(ZeroDivisionError), amp.scale_loss(model(torch.ones(3)), optimizer) as scaled:
+        scaled.backward()
+        raise ZeroDivisionError
+    for go_on in (optimizer.step, lambda: backward(model, optimizer, [1.0] * 3)):
+        with pytest.raises(RuntimeError, match=r"pass of loss 0 was broken off.*optimizer.zero_grad\(\)"):
+            go_on()
+    assert master(optimizer) == [0.0] * 3
+    optimizer.zero_grad()
+    backward(model, optimizer, [1.0] * 3)
+    optimizer.step()
+    assert master(optimizer) == [-1.0] * 3
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_an_exception_before_the_pass_leaves_delayed_gradients_alone(level):
+    model, optimizer = weights(level)
+    backward(model, optimizer, [1.0] * 3, delay_unscale=True)
+    with contextlib.suppress(ZeroDivisionError), amp.scale_loss(model(torch.ones(3)), optimizer):
+        raise ZeroDivisionError
+    backward(model, optimizer, [1.0] * 3)
+    optimizer.step()
+    assert master(optimizer) == [-2.0] * 3
+
+
+def test_scripts_may_set_a_scale():
+    model, optimizer = weights("O2", num_losses=2)
+    amp._amp_state.loss_scalers[1]._loss_scale = 64
+    assert [scaler.loss_scale() for scaler in amp._amp_state.loss_scalers] == [1024.0, 64.0]
+    backward(model, optimizer, [1.0] * 3, loss_id=1)
+    assert model.weight.grad.tolist() == [64.0] * 3
+    optimizer.step()
+    assert master(optimizer) == [-1.0] * 3
+    with pytest.raises(ValueError, match=r"new_scale is 0\.0"):
+        amp._amp_state.loss_scalers[1]._loss_scale = 0
+
+
+def test_a_loss_beyond_num_losses_and_enabled_as_a_string():
+    model, optimizer = weights("O2", num_losses=2)
+    with (
+        pytest.raises(ValueError, match=r"loss_id is 2; amp.initialize was given num_losses=2"),
+        amp.scale_loss(model(torch.ones(3)), optimizer, loss_id=2),
+    ):
+        pass
+    model = Weights()
+    assert amp.initialize(model, enabled="False") is model
+    assert model.weight.dtype is torch.float32
+    with pytest.raises(ValueError, match="enabled must be a boolean"):
+        amp.initialize(model, enabled="no")
