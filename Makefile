@@ -1,6 +1,6 @@
 # make demo    trains a DCGAN with mpengine, torch.amp and FP32 and compares them; results in out/
 # make parity  trains four models with FP32, torch.amp and mpengine and writes docs/parity.md; fails where a row does
-# make test    lint, types and tests; among them the bounds of `python -m benchmarks.static --check`
+# make test    lint, types and tests; among them most of `python -m benchmarks.static --check`, which takes 3 minutes
 # make fuzz    the long random tests
 # make lint    ruff and mypy alone
 # make bench   measures what this machine can: predictions, host time, the step; results in OUT, by default out/bench
