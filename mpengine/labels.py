@@ -204,7 +204,7 @@ class Record:
         local = [self.is_local(grad) for _, grad in pending]
         self.local = kept is not None and self.is_local(kept)
         if len(pending) >= limit:
-            pending, folded = fold(pending), pending
+            pending, folded = fold(pending, limit), pending
             ids = [label.loss_id for label, _ in pending]
             local = [any(own for own, (old, _) in zip(local, folded, strict=True) if old.loss_id == k) for k in ids]
         self.aside = [
@@ -227,18 +227,25 @@ class Record:
         self.local_aside.clear()
 
 
-def fold(aside: list[Labelled]) -> list[Labelled]:
-    """Adds up, unscaled and in FP32 at least, the gradients of each loss that waits under several old scales."""
-    folded: dict[int, Labelled] = {}
-    for label, grad in aside:
+def fold(aside: list[Labelled], limit: int) -> list[Labelled]:
+    """Adds up, unscaled and in FP32 at least, the gradients of each loss that waits under several old scales.
+
+    What is counted stays apart from what is not, so that an overflow is not counted twice, unless `limit` or more would
+    be left then.
+    """
+    kinds: list[Any] = [(label.loss_id, label.counted) for label, _ in aside]
+    if len(set(kinds)) >= limit:
+        kinds = [label.loss_id for label, _ in aside]
+    folded: dict[Any, Labelled] = {}
+    for kind, (label, grad) in zip(kinds, aside, strict=True):
         share = grad.to(torch.promote_types(grad.dtype, torch.float32))
         if label.scale is not None:
             share = share * label.scale.double().reciprocal().float().to(grad.device)
-        if label.loss_id in folded:
-            kept, total = folded[label.loss_id]
+        if kind in folded:
+            kept, total = folded[kind]
             total.add_(share)
         else:
             kept = Label(label.loss_id, None, counted=True)
-            folded[label.loss_id] = kept, share
+            folded[kind] = kept, share
         kept.parts += [part for part in label.parts or [label] if not part.counted]
     return list(folded.values())

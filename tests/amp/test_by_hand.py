@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mpengine import amp
+from mpengine.labels import Label, fold
 from tests.amp.world import DYNAMIC, INF, LEVELS, Weights, backward, master, sgd, weights
 
 
@@ -85,6 +86,25 @@ def test_a_replaced_unscaled_gradient_is_taken(level):
     param.grad = param.grad * 0.5
     optimizer.step()
     assert master(optimizer) == [-0.5] * 3
+
+
+def test_what_was_judged_is_folded_apart_from_what_was_not():
+    """Else an overflow that was counted would be found again among the gradients of later passes."""
+
+    def aside():
+        old, new, other = (Label(k, torch.tensor(2.0), counted=k == 0) for k in (0, 1, 2))
+        new.loss_id = 0
+        return [(old, torch.full((2,), INF).half()), (old, torch.ones(2)), (new, torch.ones(2)), (other, torch.ones(2))]
+
+    assert [(k.loss_id, k.counted, g.tolist()) for k, g in fold(aside(), limit=4)] == [
+        (0, True, [INF] * 2),
+        (0, False, [0.5] * 2),
+        (2, False, [0.5] * 2),
+    ]
+    assert [(k.loss_id, k.counted, g.tolist()) for k, g in fold(aside(), limit=3)] == [
+        (0, False, [INF] * 2),
+        (2, False, [0.5] * 2),
+    ]
 
 
 @pytest.mark.parametrize("level", ["O2", "O3"])
