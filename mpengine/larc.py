@@ -68,12 +68,15 @@ class LARC(RuleOptimizer):
             self.optim.__setstate__(state)
             return
         inner = state["optim"]
-        inner_family = family_of(inner) if isinstance(inner, torch.optim.Optimizer) else None
+        is_taken = "_amp_optimizer" in getattr(inner, "__dict__", {})
+        inner_family = family_of(inner) if isinstance(inner, torch.optim.Optimizer) and not is_taken else None
         family = None if inner_family is None else larc.family(inner_family, self._numbers)
         if family is None:
+            of = " of amp.initialize" if is_taken else ""
             raise TypeError(
-                f"LARC is around a {type(inner).__name__}; it works around torch.optim.SGD, Adam and AdamW, and around "
-                "FusedSGD and FusedAdam of mpengine.apex.optimizers. Call mpengine.prepare afterwards, with the LARC."
+                f"LARC is around a {type(inner).__name__}{of}; it works around torch.optim.SGD, Adam and AdamW, and "
+                "around FusedSGD and FusedAdam of mpengine.apex.optimizers. Wrap LARC first: "
+                "LARC(torch.optim.SGD(...)), then amp.initialize or mpengine.prepare."
             )
         for group in inner.param_groups:
             family.variant(group)

@@ -106,6 +106,7 @@ ORDER = [
     "apex.multi_tensor_apply",
     "apex.normalization",
     "apex.optimizers",
+    "apex.apex_c",
     "apex.parallel",
     "apex.loss_scalers",
     "apex.fp16_optimizer",

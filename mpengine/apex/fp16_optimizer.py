@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, NoReturn
 
 import torch
@@ -12,6 +14,20 @@ from mpengine.amp.optimizer import AmpOptimizer
 from mpengine.amp.overflow_log import OverflowLog
 from mpengine.amp.scaler import LossScaler
 from mpengine.apex import loss_scalers
+from mpengine.gradients import parameters
+from mpengine.labels import UNSCALED
+from mpengine.scaling import FLOAT32_MAX, SMALLEST_SCALE
+
+
+class _LossScaler(LossScaler):
+    """The engine's, with the names that apex's loss scalers had."""
+
+    @property
+    def loss_scale(self) -> float:
+        """The scale. Waits for the device."""
+        return self.get_scale()
+
+    cur_scale = loss_scale
 
 
 class FP16_Optimizer:
@@ -32,7 +48,7 @@ class FP16_Optimizer:
 
     Attributes:
         optimizer: The `mpengine.MixedPrecisionOptimizer` within; what learning-rate schedulers take.
-        loss_scaler: The `mpengine.GradScaler`.
+        loss_scaler: The `mpengine.GradScaler`; its `loss_scale` is the scale.
 
     Raises:
         TypeError: `init_optimizer` cannot be wrapped; see `mpengine.MixedPrecisionOptimizer`.
@@ -50,9 +66,9 @@ class FP16_Optimizer:
         if dynamic_loss_scale:
             start: loss_scalers.LossScaler = loss_scalers.DynamicLossScaler(**(dynamic_loss_args or {}))
         else:
-            start = loss_scalers.LossScaler(static_loss_scale)
+            start = loss_scalers.LossScaler(_checked("static_loss_scale", static_loss_scale))
         policy = start.policy
-        self.loss_scaler = LossScaler(
+        self.loss_scaler = _LossScaler(
             OverflowLog(enabled=verbose),
             init_scale=start.loss_scale,
             growth_factor=policy.growth_factor,
@@ -64,6 +80,7 @@ class FP16_Optimizer:
         self._begin_log()
         self.dynamic_loss_scale = dynamic_loss_scale
         self.optimizer = AmpOptimizer(init_optimizer, self.loss_scaler, {}, {})
+        self.loss_scaler._lazy_init_scale_growth_tracker(next(parameters(init_optimizer)).device)
 
     # The loop.
 
@@ -79,7 +96,12 @@ class FP16_Optimizer:
         self.loss_scaler.scale(loss).backward(retain_graph=retain_graph)
 
     def update_master_grads(self) -> None:
-        """Checks the gradients, moves the scale, and puts the unscaled FP32 gradients into `.grad` of the masters."""
+        """Checks the gradients, moves the scale, and puts the unscaled FP32 gradients into `.grad` of the masters.
+
+        Raises:
+            RuntimeError: The gradients are not of `backward`.
+        """
+        self._check_scaled()
         if self._pending():
             self.optimizer.unscale_pending()
 
@@ -115,18 +137,34 @@ class FP16_Optimizer:
             closure: Refused.
 
         Raises:
-            RuntimeError: A closure was given; see also `mpengine.MixedPrecisionOptimizer.step`.
+            RuntimeError: A closure was given; the gradients are not of `backward`; see also
+                `mpengine.MixedPrecisionOptimizer.step`.
         """
         if closure is not None:
             raise RuntimeError(
                 "FP16_Optimizer.step takes no closure: a step that overflows would have to call it again with another "
                 "scale. Compute the loss, optimizer.backward(loss), then optimizer.step()."
             )
+        self._check_scaled()
         self.optimizer.step()
 
-    def zero_grad(self, set_grads_to_None: bool = True) -> None:
-        """Drops all gradients, as torch's optimizers do by default; False: fills them with zeros."""
-        self.optimizer.zero_grad(set_to_none=set_grads_to_None)
+    def _check_scaled(self) -> None:
+        """Raises where the pending gradients would be taken as unscaled ones, though nothing has unscaled them."""
+        labels = self.loss_scaler._peek(self.optimizer).labels
+        if labels and all(label is UNSCALED for label in labels) and not self.optimizer._unscaled:
+            raise RuntimeError(
+                "these gradients do not come from optimizer.backward(loss): call it in the place of loss.backward(), "
+                "for it scales the loss. Set gradients by hand after optimizer.update_master_grads(), not before."
+            )
+
+    def zero_grad(self, set_grads_to_None: bool = True, *, set_to_none: bool | None = None) -> None:
+        """Drops all gradients, as torch's optimizers do by default, or fills them with zeros.
+
+        Args:
+            set_grads_to_None: Whether to drop them.
+            set_to_none: The same by torch's name, which counts where it is given.
+        """
+        self.optimizer.zero_grad(set_to_none=set_grads_to_None if set_to_none is None else set_to_none)
 
     # What it is.
 
@@ -148,6 +186,7 @@ class FP16_Optimizer:
 
     @loss_scale.setter
     def loss_scale(self, value: float) -> None:
+        value = _checked("loss_scale", value)
         state = self.loss_scaler.state_dict()
         if not self.dynamic_loss_scale:
             state["mpengine"] |= {"min_scale": value, "max_scale": value}
@@ -167,6 +206,29 @@ class FP16_Optimizer:
     def param_groups(self) -> list[dict[str, Any]]:
         """The wrapped optimizer's groups, of the model's parameters; masters: `optimizer.master_params()`."""
         return self.optimizer.param_groups
+
+    @property
+    def fp16_groups(self) -> list[list[Tensor]]:
+        """The trained parameters of each group that are not FP32."""
+        return [[param for param, master in group if master is not param] for group in self._pairs()]
+
+    @property
+    def fp32_from_fp16_groups(self) -> list[list[Tensor]]:
+        """The FP32 masters of `fp16_groups`. They have gradients after `update_master_grads`."""
+        return [[master for param, master in group if master is not param] for group in self._pairs()]
+
+    @property
+    def fp32_from_fp32_groups(self) -> list[list[Tensor]]:
+        """The trained parameters of each group that are FP32."""
+        return [[param for param, master in group if master is param] for group in self._pairs()]
+
+    def _pairs(self) -> list[list[tuple[Tensor, Tensor]]]:
+        """Trained parameters and their masters, group by group."""
+        trained = self.optimizer._steps
+        masters = self.optimizer.master_params()
+        return [
+            [(param, next(masters)) for param in group["params"] if param in trained] for group in self.param_groups
+        ]
 
     # Saving and loading.
 
@@ -206,3 +268,14 @@ class FP16_Optimizer:
 
     def __getstate__(self) -> NoReturn:
         raise RuntimeError("FP16_Optimizer should be serialized using state_dict().")
+
+
+def _checked(name: str, value: Any) -> float:
+    """A static scale. Raises ValueError where it is none."""
+    number = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+    if not SMALLEST_SCALE <= number <= FLOAT32_MAX:
+        raise ValueError(
+            f"{name} is {value!r}; it must be a number > 0 (128.0, say). For a scale that moves: "
+            "dynamic_loss_scale=True."
+        )
+    return number

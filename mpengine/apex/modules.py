@@ -41,6 +41,7 @@ PROVIDED: dict[str, str | None] = {
     "apex.parallel.optimized_sync_batchnorm": "mpengine.apex.parallel",
     "apex.parallel.sync_batchnorm": "mpengine.apex.parallel",
     "amp_C": "mpengine.apex.amp_c",
+    "apex_C": "mpengine.apex.apex_c",
 }
 
 _outcome: Outcome | None = None
@@ -78,7 +79,8 @@ def install(force: bool = False) -> Outcome:
     name stays as it is, and those that it lacks are added.
 
     Args:
-        force: Whether ours replaces an installed apex, whole, and `amp_C`. Names that were imported before stay.
+        force: Whether ours replaces an installed apex, whole, and `amp_C` and `apex_C`. Names that were imported
+            before stay.
 
     Returns:
         "provided": all of apex is ours, since none could be imported or `force` was given; "completed": what the
@@ -111,7 +113,7 @@ def _imported(name: str) -> ModuleType | None:
 
 
 def _provide() -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("apex", "amp_C")]:
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("apex", "amp_C", "apex_C")]:
         del sys.modules[name]
     for name in PROVIDED:
         _put(name)

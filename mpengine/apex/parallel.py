@@ -9,16 +9,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ReduceOp
 
+from mpengine.apex.apex_c import flatten, unflatten
 from mpengine.optim import LARC
 
 __all__ = [
     "LARC",
     "DistributedDataParallel",
+    "ReduceOp",
     "Reducer",
     "SyncBatchNorm",
+    "apply_flat_dist_call",
     "convert_syncbn_model",
     "create_syncbn_process_group",
+    "flat_dist_call",
+    "flatten",
+    "unflatten",
 ]
 
 
@@ -41,7 +48,8 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
         module: On its final device.
         message_size: Without effect.
         delay_allreduce: Whether parameters may stay without a gradient (torch's find_unused_parameters): apex needed
-            it for that. The reduction overlaps with the backward pass all the same.
+            it for that. The reduction overlaps with the backward pass all the same. torch warns once, on stderr,
+            where all of them have one.
         shared_param: Refused, as apex refused it.
         allreduce_trigger_params: Without effect.
         retain_allreduce_buffers: Refused: `.grad` has the averaged gradients.
@@ -131,7 +139,7 @@ class Reducer:
         self.module = module_or_grads_list if isinstance(module_or_grads_list, nn.Module) else None
         self.grads = [] if isinstance(module_or_grads_list, nn.Module) else list(module_or_grads_list)
         if self.module is not None:
-            _flat_call(list(self.module.parameters()), lambda flat: dist.broadcast(flat, 0))
+            flat_dist_call(list(self.module.parameters()), dist.broadcast, (0,))
 
     def reduce(self) -> None:
         """Averages the gradients in place; a parameter without one is left out, and must be so on every process."""
@@ -139,20 +147,44 @@ class Reducer:
         if self.module is not None:
             grads = [param.grad for param in self.module.parameters() if param.grad is not None]
         size = dist.get_world_size()
-        _flat_call(grads, lambda flat: dist.all_reduce(flat.div_(size)))  # divided first: fp16 sums may overflow
+        flat_dist_call(grads, lambda flat: dist.all_reduce(flat.div_(size)))  # divided first: fp16 sums may overflow
 
 
-@torch.no_grad()
-def _flat_call(tensors: Sequence[Tensor], call: Callable[[Tensor], Any]) -> None:
-    """Calls once for all tensors of one dtype and device, and copies the result back."""
+def flat_dist_call(
+    tensors: Iterable[Tensor], call: Callable[..., Any], extra_args: Sequence[Any] | None = None
+) -> None:
+    """`apply_flat_dist_call` for the tensors of each dtype and device, in order of their first.
+
+    Args:
+        tensors: They are written in place.
+        call: See `apply_flat_dist_call`.
+        extra_args: See `apply_flat_dist_call`.
+    """
     alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
         alike.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-    for some in alike.values():
-        flat = torch.cat([tensor.reshape(-1) for tensor in some])
-        call(flat)
-        for tensor, part in zip(some, flat.split([tensor.numel() for tensor in some]), strict=True):
-            tensor.copy_(part.view(tensor.shape))
+    for bucket in alike.values():
+        apply_flat_dist_call(bucket, call, extra_args)
+
+
+@torch.no_grad()
+def apply_flat_dist_call(
+    bucket: Sequence[Tensor], call: Callable[..., Any], extra_args: Sequence[Any] | None = None
+) -> None:
+    """Calls once for all tensors, flattened, and copies the result back.
+
+    Args:
+        bucket: Of one dtype and device. They are written in place.
+        call: A collective that works in place. What `torch.distributed.all_reduce` adds up is divided by the number of
+            processes.
+        extra_args: Of the call, after the flat tensor.
+    """
+    flat = flatten(bucket)
+    call(flat, *(extra_args or ()))
+    if call is dist.all_reduce:
+        flat /= dist.get_world_size()
+    for tensor, part in zip(bucket, unflatten(flat, bucket), strict=True):
+        tensor.copy_(part)
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):

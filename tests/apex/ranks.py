@@ -63,6 +63,21 @@ def reducer(rank: int, dtype: str, large: float) -> tuple[list[float], list[floa
     return weights, model.weight.grad.tolist(), [grads[0][0, 0].item(), grads[1].item()]
 
 
+def flat(rank: int) -> list[Any]:
+    """What `flat_dist_call` leaves in tensors of three dtypes for three collectives, and the rank."""
+
+    def tensors(*dtypes: torch.dtype) -> list[Tensor]:
+        return [torch.full((i % 2 + 1,), 1 + rank, dtype=dtype) for i, dtype in enumerate(dtypes)]
+
+    first = tensors(torch.float16, torch.float32, torch.int64)
+    parallel.flat_dist_call(first, dist.broadcast, (0,))
+    second = tensors(torch.float16, torch.float32)
+    parallel.flat_dist_call(second, dist.all_reduce)
+    third = tensors(torch.float16, torch.float32, torch.int64)
+    parallel.flat_dist_call(third, lambda value, op: dist.all_reduce(value, op), (parallel.ReduceOp.SUM,))
+    return [[tensor.tolist() for tensor in some] for some in (first, second, third)] + [rank]
+
+
 def fp16_optimizer(rank: int) -> tuple[list[float], list[int]]:
     """The masters of a half model that was wrapped before its optimizer, as apex's examples had it; steps, skips."""
     torch.manual_seed(rank)

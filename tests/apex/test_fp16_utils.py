@@ -3,6 +3,7 @@
 import copy
 import logging
 import pickle
+import re
 
 import pytest
 import torch
@@ -235,12 +236,39 @@ def test_it_is_made_of_the_engines_parts():
     assert optimizer.param_groups[0]["lr"] == 0.005
 
 
+def test_the_scalers_own_names():
+    _, optimizer, _, _ = twins(OPTIMIZERS["SGD"], static_loss_scale=64.0)
+    assert optimizer.loss_scaler.loss_scale == optimizer.loss_scaler.cur_scale == optimizer.loss_scale == 64.0
+
+
+def test_groups_of_parameters_and_masters():
+    model = Product()
+    frozen = nn.Parameter(torch.ones(2).half(), requires_grad=False)
+    groups = [{"params": [model.low[0], frozen, model.wide]}, {"params": list(model.low)[1:]}]
+    optimizer = FP16_Optimizer(OPTIMIZERS["SGD"](groups), static_loss_scale=64.0)
+    low, from_low, wide = optimizer.fp16_groups, optimizer.fp32_from_fp16_groups, optimizer.fp32_from_fp32_groups
+    assert [list(map(id, group)) for group in low] == [[id(model.low[0])], [id(model.low[1]), id(model.low[2])]]
+    assert [list(map(id, group)) for group in wide] == [[id(model.wide)], []]
+    optimizer.backward(model(0))
+    optimizer.update_master_grads()
+    twin = Product().float()
+    twin(0).backward()
+    masters_of = [master for group in from_low for master in group]
+    for param, master, exact in zip(model.low, masters_of, twin.low, strict=True):
+        assert master.dtype == torch.float32
+        assert torch.equal(master, param.float())
+        assert torch.equal(master.grad, exact.grad)
+    with pytest.raises(AttributeError):
+        optimizer.fp16_groups = []
+
+
+@pytest.mark.parametrize("name", ["set_grads_to_None", "set_to_none"])
 @pytest.mark.parametrize("to_none", [True, False])
-def test_zero_grad(to_none):
+def test_zero_grad(to_none, name):
     model, optimizer, _, _ = twins(OPTIMIZERS["SGD"], static_loss_scale=64.0)
     optimizer.backward(model(0))
     optimizer.clip_master_grads(1.0)
-    optimizer.zero_grad(set_grads_to_None=to_none)
+    optimizer.zero_grad(**{name: to_none})
     assert all((p.grad is None) if to_none else not p.grad.any() for p in model.parameters())
     optimizer.backward(model(1))
     optimizer.step()
@@ -260,8 +288,74 @@ def test_refusals():
             ValueError, match=next(iter(args)) if "window" not in next(iter(args)) else "growth_interval"
         ):
             FP16_Optimizer(OPTIMIZERS["SGD"](Product().parameters()), dynamic_loss_scale=True, dynamic_loss_args=args)
-    with pytest.raises(ValueError, match="scale"):
-        FP16_Optimizer(OPTIMIZERS["SGD"](Product().parameters()), static_loss_scale=0.0)
+
+
+@pytest.mark.parametrize("value", [0, -1.0, "dynamic", float("nan"), float("inf"), True, None])
+def test_a_static_scale_that_is_none(value):
+    _, optimizer, _, _ = twins(OPTIMIZERS["SGD"], static_loss_scale=64.0)
+    words = rf"loss_scale is {re.escape(repr(value))}; .* dynamic_loss_scale=True"
+    with pytest.raises(ValueError, match=f"static_{words}"):
+        FP16_Optimizer(OPTIMIZERS["SGD"](Product().parameters()), static_loss_scale=value)
+    with pytest.raises(ValueError, match=words):
+        optimizer.loss_scale = value
+    assert optimizer.loss_scale == 64.0
+
+
+# Gradients that `backward` has not made.
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("ask", ["step", "update_master_grads", "inspect_master_grad_data"])
+def test_a_plain_backward_is_refused_in_every_iteration(scale, ask):
+    model, optimizer, twin, theirs = twins(OPTIMIZERS["SGD"], **SCALES[scale])
+    for seed in range(3):
+        before, first = snapshot(model, optimizer), optimizer.loss_scale
+        model(seed).backward()
+        with pytest.raises(RuntimeError, match=r"call it in the place of loss\.backward\(\)"):
+            getattr(optimizer, ask)()
+        assert all(torch.equal(a, b) for a, b in zip(before, snapshot(model, optimizer), strict=True))
+        assert optimizer.loss_scale == first
+        optimizer.zero_grad()
+        optimizer.backward(model(seed))
+        optimizer.step()
+        optimizer.zero_grad()
+        theirs.zero_grad()
+        twin(seed).backward()
+        theirs.step()
+    check_equal(model, optimizer, twin, steps=3)
+    assert optimizer.optimizer.steps_taken == 3
+
+
+def test_gradients_put_in_the_place_of_scaled_ones():
+    """They carry the scale, and nobody could tell; once unscaled, they do not."""
+    model, optimizer, twin, theirs = twins(OPTIMIZERS["SGD"], static_loss_scale=64.0)
+    optimizer.backward(model(0))
+    for param in model.parameters():
+        param.grad = param.grad * 1.0
+    with pytest.raises(RuntimeError, match="update_master_grads"):
+        optimizer.step()
+    optimizer.zero_grad()
+    optimizer.backward(model(0))
+    optimizer.update_master_grads()
+    for param in model.parameters():
+        param.grad = param.grad * 2.0
+    optimizer.step()
+    (2.0 * twin(0)).backward()
+    theirs.step()
+    check_equal(model, optimizer, twin)
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_the_models_own_zero_grad(to_none):
+    model, optimizer, twin, theirs = twins(OPTIMIZERS["SGD"], static_loss_scale=64.0)
+    for seed in range(3):
+        model.zero_grad(set_to_none=to_none)
+        optimizer.backward(model(seed))
+        optimizer.step()
+        theirs.zero_grad()
+        twin(seed).backward()
+        theirs.step()
+    check_equal(model, optimizer, twin, steps=3)
 
 
 # Saving and loading.
@@ -417,3 +511,9 @@ def test_gradients_that_are_not_unscaled_would_be_noticed(monkeypatch):
     monkeypatch.setattr(AmpOptimizer, "unscale_pending", lambda self: None)
     with pytest.raises(AssertionError):
         test_inspect_master_grad_data()
+
+
+def test_a_plain_backward_that_is_not_refused_would_be_noticed(monkeypatch):
+    monkeypatch.setattr(FP16_Optimizer, "_check_scaled", lambda self: None)
+    with pytest.raises(pytest.fail.Exception):
+        test_a_plain_backward_is_refused_in_every_iteration("static", "step")

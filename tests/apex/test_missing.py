@@ -1,8 +1,10 @@
 """What is not provided: each import and attribute fails as Python's would, and names what to use instead."""
 
+import importlib.util
 import re
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 
@@ -52,6 +54,23 @@ REMEDIES = {
     "import amp_C; amp_C.multi_tensor_adam": "apex.optimizers.FusedAdam",
     "from apex.optimizers import FusedMixedPrecisionLamb": "FusedLAMB",
     "from apex.normalization import FusedRMSNormAffineFunction": "fused_rms_norm_affine",
+    "from apex.optimizers import FP16_Optimizer": "apex.fp16_utils.FP16_Optimizer",
+    "import apex.optimizers.fused_mixed_precision_lamb": "FusedLAMB",
+    "from apex.amp._amp_state import maybe_print": "logging.getLogger",
+    "from apex.amp.frontend import O2": "opt_level='O2'",
+    "from apex.amp.frontend import opt_levels": "opt_level='O0'",
+    "from apex.amp.handle import AmpHandle": "apex.amp.scale_loss",
+    "from apex.amp.lists import torch_overrides": "register_half_function",
+    "from apex.amp import lists": "register_half_function",
+    "from apex.amp.opt import OptimWrapper": "apex.amp.initialize",
+    "from apex.amp.scaler import LossScaler": "mpengine.GradScaler",
+    "from apex.amp._process_optimizer import AmpOptimizerState": "apex.amp.initialize",
+    "from apex.parallel import multi_tensor_applier": "apex.multi_tensor_apply",
+    "from apex.parallel.distributed import split_by_type": "flat_dist_call",
+    "import bnp": "SyncBatchNorm",
+    "import fused_layer_norm_cuda": "apex.normalization.FusedLayerNorm",
+    "from xentropy_cuda import forward": "torch.nn.CrossEntropyLoss",
+    "import scaled_upper_triang_masked_softmax_cuda": "is_causal=True",
 }
 NO_REMEDY = [
     "import amp_C; amp_C.unheard_of",
@@ -86,15 +105,29 @@ def test_the_longest_name_answers():
     assert "apex.optimizers.FusedSGD" in missing.message("apex.contrib.optimizers.FusedSGD.step")
 
 
-def test_other_packages_are_none_of_its_business():
-    assert missing.Finder().find_spec("apexes.amp") is None
-    assert missing.Finder().find_spec("absent") is None
-    with pytest.raises(ModuleNotFoundError, match=r"mpengine provides no apex\.absent") as caught:
-        missing.Finder().find_spec("apex.absent")
-    assert caught.value.name is None
+def test_other_packages_are_none_of_its_business(monkeypatch):
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, missing.Finder()])
+    with pytest.raises(ModuleNotFoundError, match="No module named 'absent'"):
+        import_module("absent")
+    with pytest.raises(ModuleNotFoundError, match=r"mpengine provides no fmhalib; use") as caught:
+        import_module("fmhalib")
+    assert caught.value.name == "fmhalib"
+
+
+def test_a_script_may_look_whether_there_is_such_a_module(monkeypatch):
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, missing.Finder()])
+    assert importlib.util.find_spec("fmhalib") is None
+
+
+def test_an_installed_module_of_that_name_is_found(monkeypatch, tmp_path):
+    (tmp_path / "fmhalib.py").write_text("x = 3")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, missing.Finder()])
+    assert import_module("fmhalib").x == 3
+    del sys.modules["fmhalib"]
 
 
 def test_a_finder_that_says_nothing_would_be_noticed(monkeypatch):
     monkeypatch.setattr(missing, "_refuse", lambda name: None)
-    with pytest.raises(pytest.fail.Exception):
-        test_other_packages_are_none_of_its_business()
+    with pytest.raises(AssertionError):
+        test_other_packages_are_none_of_its_business(monkeypatch)

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from mpengine.apex import parallel
+import mpengine
+from mpengine import amp
+from mpengine.apex import apex_c, parallel
 
 RANKS = "tests.apex.ranks"
 
@@ -78,10 +80,58 @@ def test_reducer(pair, dtype):
         assert result == ([1.0] * 5, [40000.0] * 5, [0.5, 2.0])
 
 
+def test_flat_dist_call(pair):
+    """Broadcast of the first rank's; an average, and what is called by another name a sum; fp16, FP32 and integers."""
+    for rank, result in enumerate(pair.run("flat", RANKS)):
+        assert result == [[[1.0], [1.0, 1.0], [1]], [[1.5], [1.5, 1.5]], [[3.0], [3.0, 3.0], [3]], rank]
+
+
+def test_flatten_and_unflatten():
+    tensors = [torch.arange(6.0).view(2, 3).t(), torch.tensor(7.0), torch.zeros(0)]
+    flat = apex_c.flatten(tensors)
+    assert flat.tolist() == [0.0, 3.0, 1.0, 4.0, 2.0, 5.0, 7.0]
+    for part, tensor in zip(apex_c.unflatten(flat, tensors), tensors, strict=True):
+        assert torch.equal(part, tensor)
+    apex_c.unflatten(flat, tensors)[1].fill_(9.0)
+    assert flat[-1] == 9.0
+    assert parallel.flatten is apex_c.flatten
+    assert parallel.ReduceOp is torch.distributed.ReduceOp
+
+
 def test_fp16_optimizer_on_a_wrapped_model(pair):
     (first, counts), (second, _) = pair.run("fp16_optimizer", RANKS)
     assert first == second
     assert counts == [3, 1, 2**8]
+
+
+# LARC.
+
+
+def initialized(level):
+    model = nn.Linear(3, 2)
+    given = torch.optim.SGD(model.parameters(), lr=0.1)
+    return given, amp.initialize(model, given, opt_level=level, verbosity=0)[1]
+
+
+def prepared():
+    model = nn.Linear(3, 2)
+    return mpengine.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), mpengine.GradScaler())
+
+
+WRAPPED = {
+    "O1, returned": lambda: initialized("O1")[1],
+    "O1, given": lambda: initialized("O1")[0],
+    "O2, returned": lambda: initialized("O2")[1],
+    "O2, given": lambda: initialized("O2")[0],
+    "prepare": prepared,
+}
+
+
+@pytest.mark.parametrize("optimizer", WRAPPED)
+def test_larc_comes_first(optimizer):
+    words = r"Wrap LARC first: LARC\(torch\.optim\.SGD\(\.\.\.\)\), then amp\.initialize or mpengine\.prepare\."
+    with pytest.raises(TypeError, match=f"LARC is around .*{words}"):
+        parallel.LARC(WRAPPED[optimizer]())
 
 
 # Batch norms.

@@ -112,6 +112,7 @@ import apex.amp as amp1
 import apex.amp.amp
 import apex.multi_tensor_apply.multi_tensor_apply
 import amp_C
+import apex_C
 from apex import amp, fp16_utils, parallel
 from apex.amp._amp_state import _amp_state
 from apex.fp16_utils import *
@@ -124,7 +125,8 @@ from apex.normalization.fused_layer_norm import FusedLayerNorm as again
 from apex.optimizers import FusedAdam, FusedLAMB
 from apex.optimizers.fused_sgd import FusedSGD
 from apex.parallel import DistributedDataParallel as DDP
-from apex.parallel.distributed import Reducer
+from apex.parallel import LARC, ReduceOp
+from apex.parallel.distributed import Reducer, apply_flat_dist_call, flat_dist_call, flatten, unflatten
 import mpengine
 
 assert FP16_Optimizer is Other is mpengine.apex.fp16_optimizer.FP16_Optimizer
@@ -132,8 +134,10 @@ assert network_to_half is half and FusedLayerNorm is again
 assert amp is amp1 is apex.amp and amp.initialize is mpengine.amp.initialize is apex.amp.amp.initialize
 assert amp._amp_state is _amp_state
 assert multi_tensor_applier(amp_C.multi_tensor_l2norm, *NORM)[0].item() == 5.0
+assert apex_C.flatten is flatten and apex_C.unflatten is unflatten
 assert importlib.util.find_spec("apex") is apex.__spec__
 assert {"initialize", "scale_loss"} <= set(dir(amp))
+assert importlib.util.find_spec("apex.mlp") is importlib.util.find_spec("fmhalib") is None
 assert not hasattr(apex, "__version__")
 assert mpengine.apex.install() == mpengine.apex.install() == "provided"
 assert mpengine.apex.install(force=True) == "provided"
