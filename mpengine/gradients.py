@@ -55,8 +55,8 @@ class Ledger:
     Attributes:
         zeros_drop: Whether `.grad` that somebody has set to zeros in place, as `model.zero_grad(set_to_none=False)`
             does, drops what else was pending on its parameter; else such an edit is refused like any other.
-        refuses_replaced: Whether another fp16 or bf16 tensor in the place of a pending, scaled `.grad` is an error;
-            else it is a gradient without a record.
+        refuses_replaced: Whether another tensor in the place of a pending, scaled `.grad` is an error; else it is a
+            gradient without a record.
     """
 
     def __init__(self, several: bool, name_of: Callable[[Tensor], str]) -> None:
@@ -388,7 +388,7 @@ class Ledger:
                 )
 
     def _check_replaced(self, param: Tensor, grad: Tensor, record: Record) -> None:
-        if record.is_scaled() and grad.dtype in (torch.float16, torch.bfloat16):
+        if record.is_scaled():
             raise RuntimeError(
                 f"the gradient of {self._name_of(param)} was replaced by another {grad.dtype} tensor since its "
                 "backward pass; that one carried the loss's scale, and whether this one does is unknown. Edit it in "
@@ -397,11 +397,11 @@ class Ledger:
             )
 
     def has_edited_scaled(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether somebody has written, in place, a scaled fp16 or bf16 gradient that is still to be stepped."""
+        """Whether somebody has written, in place, a scaled gradient that is still to be stepped."""
         self._expand()
         for param in parameters(optimizer):
             record, grad = self._records.get(id(param)), param.grad
-            if record is None or grad is None or param.dtype == torch.float32 or not record.is_scaled():
+            if record is None or grad is None or not record.is_scaled():
                 continue
             if record.holds(param, grad) and record.version != grad._version:
                 return True

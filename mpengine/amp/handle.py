@@ -31,10 +31,10 @@ def scale_loss(
            else:      the scale counts one more clean pass
     ```
 
-    FP32 parameters have the true gradient in `.grad` then; for fp16 ones `master_params` gives it. An exception in the
-    body leaves gradients, scale and skips as they were before it; where its pass ran on top of delayed ones, which hold
-    a part of it now, they have to be zeroed before the next pass or step, which are refused until then. A step whose
-    pending gradients are not finite is skipped even where nobody listed its optimizer.
+    At O0 and O1 `.grad` has the true gradient then; at O2 and O3, where it carries the scale, `master_params` gives it.
+    An exception in the body leaves gradients, scale and skips as they were before it; where its pass ran on top of
+    delayed ones, which hold a part of it now, they have to be zeroed before the next pass or step, which are refused
+    until then. A step whose pending gradients are not finite is skipped even where nobody listed its optimizer.
 
     Args:
         loss: Floating point, of any shape.

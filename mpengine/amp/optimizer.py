@@ -160,10 +160,10 @@ class AmpOptimizer(MixedPrecisionOptimizer):
             self._unscale(ballots)
         else:  # in place: a script may hold on to the gradients, and they are as large as the weights
             plain.unscale(self, self._checked(pending), votes, ballots)
+        scaler._ledger.unscaled(self, pending, own_memory=self.has_masters)
         # A script that clips an inf by value does not undo the skip, though nobody listed this optimizer.
         scaler.verdicts.add([self], (votes[:, 0] >= layout.OVERFLOW).any().float(), [self])
         votes.zero_()
-        scaler._ledger.unscaled(self, pending, own_memory=self.has_masters)
 
     def fold(self, loss_id: int) -> None:
         """Several passes of a loss become one FP32 sum, as large as the masters.

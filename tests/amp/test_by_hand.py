@@ -79,6 +79,21 @@ def test_another_tensor_in_the_place_of_a_scaled_gradient_is_refused(level):
 
 
 @pytest.mark.parametrize("level", LEVELS)
+def test_of_fp32_weights_too(level):
+    """At O2 the gradients of norm layers carry the scale as well, and everywhere those of delayed passes."""
+    model = torch.nn.LayerNorm(3, bias=False)
+    model, optimizer = amp.initialize(model, sgd(model), opt_level="O2" if level == "O3" else level, **DYNAMIC)
+    for delayed in (level in ("O2", "O3"), True):
+        with amp.scale_loss(model(torch.tensor([1.0, 2.0, 6.0])).sum(), optimizer, delay_unscale=delayed) as scaled:
+            scaled.backward()
+        model.weight.grad = model.weight.grad * 0.5
+        if delayed:
+            with pytest.raises(RuntimeError, match="'weight' was replaced"):
+                optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("level", LEVELS)
 def test_a_replaced_unscaled_gradient_is_taken(level):
     model, optimizer = weights(level)
     backward(model, optimizer, [1.0] * 3)
