@@ -153,9 +153,10 @@ def _advance(
             for j in tl.static_range(HYPER):
                 hyper = hyper + (_hyperparameter(j, hyper_ptrs, group, taken, mask),)
             columns = FAMILY(hyper, tl.maximum(step, 1))
+            one = tl.full((BLOCK,), 1.0, tl.float64)  # makes a column of a constant, and nothing else of a column
             tl.static_assert(len(columns) <= SCALARS, "a rule's scalars are more than layout.SCALARS")
             for j in tl.static_range(len(columns)):
-                tl.store(scalars_ptr + tensor * SCALARS + j, columns[j].to(tl.float32), mask=mask)
+                tl.store(scalars_ptr + tensor * SCALARS + j, (columns[j] * one).to(tl.float32), mask=mask)
 
 
 @triton.jit

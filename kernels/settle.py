@@ -54,11 +54,12 @@ def _settle_kernel(
     scalars, cells = SETTLE(scalars, norms, cells)
     tl.static_assert(len(scalars) <= SCALARS, "a rule settles more scalars than layout.SCALARS")
 
+    one = tl.full((), 1.0, tl.float64)  # makes a number of a constant, and nothing else of a number
     tl.debug_barrier()  # every warp has read what is overwritten now
     for j in tl.static_range(len(scalars)):
-        tl.store(own_ptr + j, scalars[j].to(tl.float32))
+        tl.store(own_ptr + j, (scalars[j] * one).to(tl.float32))
     for j in tl.static_range(CELLS):
-        tl.store(cell_ptrs[j], cells[j].to(tl.float32))
+        tl.store(cell_ptrs[j], (cells[j] * one).to(tl.float32))
 
 
 @triton.jit

@@ -95,6 +95,7 @@ ORDER = [
     "testing.training",
     "testing.ranges",
     "testing.equations",
+    "testing.twins",
     "testing.checking",
     "testing",
     "apex.missing",

@@ -11,10 +11,10 @@ import torch
 
 from mpengine import backend, cpu
 from mpengine.rules import BUILT_IN, Rule, RuleOptimizer
-from mpengine.testing.equations import Expected, deviation
+from mpengine.testing.equations import LONG, Expected, check_signature, deviation, long_deviation
 from mpengine.testing.functions import check_functions
 from mpengine.testing.ranges import check_ranges
-from mpengine.testing.side_by_side import STEPS, TENSORS, compare
+from mpengine.testing.side_by_side import COUNTS, STEPS, TENSORS, compare, compare_scalars
 from mpengine.testing.training import (
     Make,
     check_by_itself,
@@ -28,6 +28,7 @@ from mpengine.testing.training import (
     flip,
     flipped,
 )
+from mpengine.testing.twins import check_twins
 
 _CPU = torch.device("cpu")
 
@@ -64,22 +65,30 @@ def check_rule(
     ```
     functions    return what they must, edit nothing, work element by element and tensor by tensor
     movement     weights move, and otherwise on other gradients
+    twins        their source has no FP32 arithmetic that a GPU rounds otherwise, which the interpreter does not show
     paths        reference = CPU path = Triton kernels, bit for bit: odd sizes, misaligned, fp16, bf16, FP32, several
-                 losses, idle tensors, clipping, an overflow
+                 losses, idle tensors, weights or gradients of zeros, clipping, an overflow; the first 4 steps, and a
+                 late one of each tensor
+    scalars      reference = decide, at steps 1 to 64, powers of 2 and of 10, and 2^31 - 1
     training     by itself = prepared; an overflow, max_grad_norm, param groups, save and resume, pickling, a schedule
     bounds       values beyond them are refused by name, before anything changes
     equations    the paper's, in float64, as `expected` has them
     itself       the comparisons of paths, of training and of equations fail where the update goes the other way
     ```
 
+    It does not see: options that `make` leaves alone; weights and gradients of other sizes than a few hundred; an
+    `expected` of more than 1,000 steps; and what is rounded otherwise on a GPU by ways that `twins` does not know.
+
     Args:
         make: The class, or a function from parameters to its instance: `lambda params: Mine(params, lr=1e-2)`. Options
             that it leaves alone are not tested: call this once for each.
         kernels: Whether the Triton functions run: compiled where there is a GPU, else in Triton's interpreter, which
-            TRITON_INTERPRET=1 chooses before anything imports Triton. None: where that is possible.
-        expected: `(p, g, state, hyper) -> (p, state)`: one step of the paper's equations on float64 arrays. `state` is
-            an empty dict at first, and what was returned then; `hyper` a param group's hyperparameters.
-        steps: Of the comparison with it.
+            TRITON_INTERPRET=1 chooses before anything imports Triton. True makes an error of neither; the interpreter
+            is enough for it. None: where that is possible.
+        expected: `(p, g, state, hyper) -> (p, state)`: one step of the paper's equations on the float64 array of a
+            whole tensor. `state` is an empty dict at first, and what was returned then; `hyper` a param group's
+            hyperparameters.
+        steps: Of the comparison with it. Another one takes 1,000 steps, with a hundred times the tolerance.
         tolerance: Of the same: how far a weight may be from its float64 one, as a fraction of the way that it has
             gone, beyond the rounding of the weight itself.
 
@@ -89,11 +98,19 @@ def check_rule(
     Raises:
         AssertionError: A test failed; says what differs, where and by how much. Or the kernels cannot run, and
             `kernels` is True.
-        TypeError: `make` returns no optimizer of a rule.
+        TypeError: `make` is no class or function, or returns no optimizer of a rule; or `expected` does not take four
+            arguments.
 
     Example:
         >>> print(mpengine.testing.check_rule(mpengine.optim.LAMB))
     """
+    if not callable(make):  # as no instance is
+        raise TypeError(
+            f"make is an instance of {type(make).__name__}; give the optimizer's class, or a function from parameters "
+            "to its instance: lambda params: Mine(params, lr=1e-2)."
+        )
+    if expected is not None:
+        check_signature(expected)
     optimizer = checked(make([torch.nn.Parameter(torch.zeros(3))]))
     passed, not_run = [], []
 
@@ -101,6 +118,12 @@ def check_rule(
     passed.append("functions: well formed, element by element and tensor by tensor")
     check_moves(make)
     passed.append("movement: weights move, by their gradients")
+
+    rules = [optimizer.family.variant(group) for group in optimizer.param_groups]
+    for rule in rules:
+        check_twins(rule)
+    if any(rule.kernels is not None for rule in rules):
+        passed.append("twins: their source has no FP32 arithmetic that a GPU rounds otherwise")
 
     _check_path(optimizer, cpu, _CPU)
     extent = f"{STEPS} steps of {len(TENSORS)} tensors, bit for bit"
@@ -114,9 +137,11 @@ def check_rule(
         not_run.append(f"paths and training on the Triton kernels: {where}")
     else:
         launch = backend.of(torch.device("cuda"))
+        compare_scalars(optimizer, launch, where)
         _check_path(optimizer, launch, where)
         how = "Triton's interpreter" if where == _CPU else torch.cuda.get_device_name()
         passed.append(f"paths: reference = Triton kernels, {extent}, on {how}")
+        passed.append(f"scalars: reference = decide, bit for bit, at {len(COUNTS)} step counts from 1 to {COUNTS[-1]}")
         _check_training(make, where, backend.interpreter if where == _CPU else contextlib.nullcontext)
         passed.append(f"training by Triton kernels: by itself = prepared; overflow, clipping, schedule, on {how}")
         if where == _CPU:
@@ -131,10 +156,7 @@ def check_rule(
     if expected is None:
         not_run.append("equations: no expected= was given")
     else:
-        far = deviation(make, expected, steps, tolerance)
-        _must_fail("comparison with expected", lambda: deviation(flipped(make), expected, steps, tolerance))
-        beyond = f"the rounding of the weights and {far:.1e} of their way" if far else "the rounding of the weights"
-        passed.append(f"equations: within {beyond} in {steps} steps")
+        passed += _check_equations(make, expected, steps, tolerance)
     compared = "paths, by itself = prepared" + (", equations" if expected is not None else "")
     passed.append(f"itself: {compared} fail with the update's sign flipped")
     tested = ", ".join(f"{name}={optimizer.defaults[name]}" for name in optimizer.hyperparameters)
@@ -161,6 +183,17 @@ def _check_storing(make: Make, device: torch.device) -> None:
     """What is done on the host alone, and so but once on a CPU."""
     check_groups(make, device)
     check_saving(make, device)
+
+
+def _check_equations(make: Make, expected: Expected, steps: int, tolerance: float) -> list[str]:
+    far = deviation(make, expected, steps, tolerance)
+    _must_fail("comparison with expected", lambda: deviation(flipped(make), expected, steps, tolerance))
+    beyond = f"the rounding of the weights and {far:.1e} of their way" if far else "the rounding of the weights"
+    later = long_deviation(make, expected, tolerance)
+    return [
+        f"equations: within {beyond} in {steps} steps",
+        f"equations: within {later:.1e} of the way in {LONG} steps, the last that are compared",
+    ]
 
 
 def _must_fail(what: str, check: Callable[[], object]) -> None:

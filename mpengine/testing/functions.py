@@ -38,7 +38,7 @@ def _check_scalars(family: Family, row: np.ndarray) -> list[np.ndarray]:
     """The scalars of three tensors, of one group, at different steps."""
     h = np.repeat(row[:, None], len(_STEPS), axis=1)
     given, steps = h.copy(), _STEPS.copy()
-    returned = family.scalars(given, steps)
+    returned = _on_columns("scalars", family.scalars, given, steps)
     _require(np.array_equal(h, given) and np.array_equal(_STEPS, steps), "scalars edits its arguments; return new ones")
     columns = _columns("scalars", returned, len(_STEPS))
     for j, column in enumerate(columns):
@@ -53,6 +53,16 @@ def _check_scalars(family: Family, row: np.ndarray) -> list[np.ndarray]:
                 "works on columns of one number for each tensor",
             )
     return columns
+
+
+def _on_columns(kind: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return function(*arguments)
+    except Exception as error:  # of the rule's own function
+        raise AssertionError(
+            f"{kind} raises {type(error).__name__} ({error}). It gets columns of one number for each tensor, NumPy "
+            "arrays: write np.where(condition, a, b) for `if`, and & for `and`."
+        ) from error
 
 
 def _columns(kind: str, returned: Any, count: int) -> list[np.ndarray]:
@@ -119,7 +129,7 @@ def _check_settle(
     tensors = [np.array([norm, 0.5 * norm, 0.0]) for norm in norms]  # the last is of zeros
     arguments = wide, tensors, [np.full(3, cell) for cell in cells]
     before = [[column.copy() for column in one] for one in arguments]
-    returned = rule.settle(*arguments)
+    returned = _on_columns("settle", rule.settle, *arguments)
     for name, old, new in zip(("c", "norms", "cells"), before, arguments, strict=True):
         same = len(old) == len(new) and all(np.array_equal(a, b, equal_nan=True) for a, b in zip(old, new, strict=True))
         _require(same, f"settle edits {name}; return new columns")

@@ -26,12 +26,14 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _TABLE_BUFFERS = ("steps", "scalars", "stamps", "found", "partials", "tallies", "counts", "decision")
 _HALF, _BRAIN, _SINGLE = torch.float16, torch.bfloat16, torch.float32
 _SCALES = (1024.0, 65536.0)
-STEPS, _OVERFLOW = 4, 1  # the second of the steps overflows
+STEPS, _OVERFLOW, _LATE = 5, 1, 4  # the second of the steps overflows, and the fifth is a late one
+_TAKEN = (4, 5, 8, 24, 31, 63, 99, 500, 999, 10**4, 10**5, 10**6, 2**31 - 2)  # before it, by each of TENSORS
+COUNTS = sorted({*range(1, 65), *(2**i for i in range(7, 31)), *(10**i for i in range(2, 10)), 2**31 - 1})
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A tensor, and the losses that it gets gradients of; with a pattern of steps at which it is idle."""
+    """A tensor, and the losses that it gets gradients of; with patterns of steps when it is idle, or gets zeros."""
 
     size: int
     dtype: torch.dtype = _HALF
@@ -39,10 +41,14 @@ class Spec:
     group: int = 0
     misaligned: bool = False
     idle: tuple[int, ...] = ()
+    zeros: bool = False  # for weights
+    zero_grads: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         odd = ", misaligned" if self.misaligned else ""
-        return f"{self.size} elements of {str(self.dtype).removeprefix('torch.')}{odd}"
+        zero = ", all 0" if self.zeros else ""
+        still = f", gradients 0 in steps {self.zero_grads}" if self.zero_grads else ""
+        return f"{self.size} elements of {str(self.dtype).removeprefix('torch.')}{odd}{zero}{still}"
 
 
 TENSORS = (
@@ -53,9 +59,12 @@ TENSORS = (
     Spec(1025, losses=(0, 1)),
     Spec(1025, _SINGLE, losses=(1,), group=1, misaligned=True),
     Spec(2048, misaligned=True, group=1),
-    Spec(40, idle=(0, 1, 2, 3)),
+    Spec(40, idle=tuple(range(STEPS))),
     Spec(100, _SINGLE, idle=(0, 2)),
     Spec(2100),
+    Spec(33, zeros=True),
+    Spec(9, _SINGLE, zero_grads=(0, 2)),  # so is their state, then
+    Spec(7, _SINGLE, group=1, zeros=True, zero_grads=(0,)),
 )
 
 
@@ -72,8 +81,14 @@ class World:
 
 
 class _Builder:
-    def __init__(self, optimizer: RuleOptimizer, device: torch.device, change: Callable[[Rule], Rule]) -> None:
-        self._optimizer, self._device = optimizer, device
+    def __init__(
+        self,
+        optimizer: RuleOptimizer,
+        device: torch.device,
+        change: Callable[[Rule], Rule] = lambda rule: rule,
+        specs: Sequence[Spec] = TENSORS,
+    ) -> None:
+        self._optimizer, self._device, self._specs = optimizer, device, specs
         self._rules = [change(optimizer.family.variant(group)) for group in _two_groups(optimizer)]
         self._generator = torch.Generator().manual_seed(0)
         self.buffers: dict[str, Tensor] = {}
@@ -91,6 +106,7 @@ class _Builder:
         rule, initial = self._rules[spec.group], self._optimizer.family.initial(_two_groups(self._optimizer)[0])
         name = f"of tensor {i} ({spec})"
         values = torch.randn(spec.size, generator=self._generator)
+        values = torch.zeros(spec.size) if spec.zeros else values
         slots = tuple(
             self.lay(f"slot '{slot}' {name}", torch.full((spec.size,), initial.get(slot, 0.0)), spec.misaligned)
             for slot in rule.slots
@@ -101,7 +117,7 @@ class _Builder:
         return Entry(param, master, slots, spec.group, rule, spec.dtype != _SINGLE, cells)
 
     def build(self) -> World:
-        table = TensorTable([self.entry(i, spec) for i, spec in enumerate(TENSORS)], len(_SCALES), self._device)
+        table = TensorTable([self.entry(i, spec) for i, spec in enumerate(self._specs)], len(_SCALES), self._device)
         for never_read in (table.scalars, table.partials, table.decision):
             never_read.fill_(float("nan"))
         for name in _TABLE_BUFFERS:
@@ -119,11 +135,13 @@ class _Builder:
         """The gradients of one step: zeros among them, large and small ones, and once an infinity."""
         scales = [self.lay(f"scale {k}", torch.tensor([scale])) for k, scale in enumerate(_SCALES)]
         entries: list[list[Source]] = []
-        for i, spec in enumerate(TENSORS):
+        for i, spec in enumerate(self._specs):
             entries.append([])
             for k in spec.losses:
                 values = torch.randn(spec.size, generator=self._generator) * 100.0
                 values[:: 7 if spec.size > 7 else spec.size + 1] = 0.0
+                if step in spec.zero_grads:
+                    values.zero_()
                 if step == _OVERFLOW and spec.size == 1025 and k == 0:
                     values[1000] = float("inf")
                 grad = self.lay(f"gradient {k} of tensor {i} ({spec})", values.to(spec.dtype), spec.misaligned)
@@ -156,11 +174,13 @@ def compare(
         AssertionError: They differ, with the tensor, the element and both values; or the reference is not finite, or a
             skipped step changed something.
     """
-    builders = _Builder(optimizer, CPU, change), _Builder(optimizer, device, lambda rule: rule)
+    builders = _Builder(optimizer, CPU, change), _Builder(optimizer, device)
     expected, actual = (builder.build() for builder in builders)
     for step in range(STEPS):
         for builder, world in zip(builders, (expected, actual), strict=True):
             builder.gradients(world, step)
+            if step == _LATE:
+                world.table.steps.copy_(torch.tensor(_TAKEN))
         before = {name: buffer.clone() for name, buffer in actual.buffers.items() if _is_trained(name)}
         for call in ("inspect", "decide", "measure", "settle", "update"):
             _run(call, reference, optimizer, expected)
@@ -180,6 +200,35 @@ def compare(
     for name, buffer in expected.buffers.items():
         if _is_trained(name) and not buffer.isfinite().all():
             raise AssertionError(f"{name} is not finite after {STEPS} steps, of finite gradients but where skipped.")
+
+
+def compare_scalars(optimizer: RuleOptimizer, module: ModuleType, device: torch.device = CPU) -> None:
+    """The scalars of `COUNTS`, by the two `decide`: a tensor of one element for each.
+
+    Raises:
+        AssertionError: They differ, with the step, the scalar's number and both values.
+    """
+    tables = []
+    for runs, where in ((reference, CPU), (module, device)):
+        builder = _Builder(optimizer, where, specs=[Spec(1, _SINGLE)] * len(COUNTS))
+        world = builder.build()
+        builder.gradients(world, 0)
+        world.table.partials.zero_()  # nothing is inspected
+        world.table.steps.copy_(torch.tensor(COUNTS) - 1)
+        try:
+            _run("decide", runs, optimizer, world)
+        except Exception as error:  # of the rule's own function there
+            raise AssertionError(f"decide fails, by its scalars: {error}.") from error
+        tables.append(world.table.scalars.cpu())
+    expected, actual = tables
+    different = (expected.view(torch.int32) != actual.view(torch.int32)) & ~(expected.isnan() & actual.isnan())
+    if different.any():
+        i, j = different.nonzero()[0].tolist()
+        raise AssertionError(
+            f"scalars differ at {int(different.any(dim=1).sum())} of {len(COUNTS)} step counts, first at step "
+            f"{COUNTS[i]}: number {j} is {float(actual[i, j])!r} where the reference has {float(expected[i, j])!r}. "
+            "(In Triton step is an int32 block, of which a Python float makes FP32: step.to(tl.float64).)"
+        )
 
 
 def _is_trained(name: str) -> bool:

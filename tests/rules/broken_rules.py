@@ -5,17 +5,20 @@ import torch
 import triton
 import triton.language as tl
 
-from mpengine.rules import Kernels, RuleOptimizer, declare
+from mpengine.rules import Kernels, RuleOptimizer, declare, sqrt_rn
 from tests.rules.own_rules import (
     HYPERPARAMETERS,
     KERNELS,
     PARTS,
     STEADY,
     STEADY_KERNELS,
+    TRUST,
+    TRUST_KERNELS,
     scalars,
     scalars_kernel,
     steady_settle,
     steady_update,
+    trust_update,
     update,
     update_kernel,
 )
@@ -119,9 +122,13 @@ def of_another_length(h, step):
     return [*scalars(h, step), np.ones(len(step) + 1)]
 
 
+def with_if(h, step):
+    return [*scalars(h, step)[:4], h[0] if step > 1 else 0.5 * h[0]]
+
+
 SCALARS = {
     function.__name__: declare("Broken", update, **{**PARTS, "scalars": function})
-    for function in (thirteen, edits_h, of_all_steps, without_bound, of_another_length)
+    for function in (thirteen, edits_h, of_all_steps, without_bound, of_another_length, with_if)
 }
 
 
@@ -185,6 +192,36 @@ def thirteen_kernel(h, step):
 
 
 @triton.jit
+def late_scalars(h, step):
+    """Right in the first 24 steps."""
+    c = scalars_kernel(h, step)
+    return c[0], c[1], c[2], c[3], tl.where(step > 24, 2.0 * c[4], c[4])
+
+
+def switched_scalars(h, step):
+    return [*scalars(h, step), np.where(step > 5, 0.5, 1.0)]
+
+
+@triton.jit
+def switched_scalars_kernel(h, step):
+    c = scalars_kernel(h, step)
+    return c[0], c[1], c[2], c[3], c[4], tl.where(step > 5, 0.5, 1.0)
+
+
+def switched(p, g, slots, c):
+    """Otherwise from the sixth step on, of which the twin does not know."""
+    return update(p, g * c[5], slots, c)
+
+
+@triton.jit
+def zero_settle(c, norms, cells):
+    """A rate of 0 for weights of 0."""
+    both = norms[1] > 0.0
+    ratio = tl.where(both, norms[0] / tl.where(both, norms[1], 1.0), 1.0)
+    return (c[0] * ratio * c[1], 0.7), (1.0,)
+
+
+@triton.jit
 def other_settle(c, norms, cells):
     mean = c[1] * cells[0] + (1.0 - c[1]) * norms[0]
     return (c[0] / tl.where(mean > 0.0, mean, 1.0), c[1]), (norms[0],)
@@ -212,10 +249,75 @@ TWINS = {
         **STEADY,
         kernels=Kernels(STEADY_KERNELS.update, measure=other_measure, settle=STEADY_KERNELS.settle),
     ),
+    "late_scalars": declare("Broken", update, **PARTS, kernels=Kernels(update_kernel, late_scalars)),
+    "switched": declare(
+        "Broken",
+        switched,
+        **{**PARTS, "scalars": switched_scalars},
+        kernels=Kernels(update_kernel, switched_scalars_kernel),
+    ),
+    "zero_settle": declare(
+        "Broken",
+        trust_update,
+        **TRUST,
+        kernels=Kernels(TRUST_KERNELS.update, TRUST_KERNELS.scalars, TRUST_KERNELS.measure, zero_settle),
+    ),
 }
+
 for broken in TWINS.values():  # each is to be found by pickle
     broken.__qualname__ = f"{broken.__name__}{id(broken)}"
     globals()[broken.__qualname__] = broken
+
+# Twins that the interpreter cannot tell from right ones.
+
+
+@triton.jit
+def divides(p, g, slots, c):
+    m = slots[0] * c[1] + g * c[2] * (-1.0 / -1.0)  # of numbers alone: Triton's, before it compiles
+    a = slots[1] * c[1] + tl.abs(g) * c[2]
+    return p - m / (a + c[3]) * c[4], (m, a)
+
+
+@triton.jit
+def divides_numbers(p, g, slots, c):
+    rate = c[4]
+    rate /= c[1]
+    return p - g * rate, slots
+
+
+@triton.jit
+def _root(x):
+    return tl.sqrt(tl.math.sqrt_rn(x))
+
+
+@triton.jit
+def takes_roots(p, g, slots, c):
+    return p - _root(tl.abs(g)) * c[0], slots
+
+
+@triton.jit
+def fuses(p, g, slots, c):
+    return tl.fma(g, -c[0], p), slots
+
+
+@triton.jit
+def takes_exponentials(p, g, slots, c):
+    return p - g * tl.math.exp(g).log() * c[0], slots
+
+
+@triton.jit
+def adds_up(p, g, slots, c):
+    return p - tl.sum(g) * c[0], slots
+
+
+FP32 = (divides, divides_numbers, takes_roots, fuses, takes_exponentials, adds_up)
+
+
+def rooted(p, g, slots, c):
+    return p - sqrt_rn(torch.abs(g)) * c[0], slots
+
+
+Rooted = declare("Rooted", rooted, hyperparameters={"lr": PARTS["hyperparameters"]["lr"]}, kernels=Kernels(takes_roots))
 
 
 class Different(RuleOptimizer):

@@ -106,6 +106,66 @@ STEADY = {
 STEADY_KERNELS = Kernels(steady_update_kernel, measure=steady_measure_kernel, settle=steady_settle_kernel)
 Steady = declare("Steady", steady_update, **STEADY, kernels=STEADY_KERNELS)
 
+# A ratio of norms, and constants among what scalars and settle return.
+
+
+def trust_scalars(h, step):
+    return [h[0], 0.3]
+
+
+def trust_measure(p, g, slots, c):
+    return p, g
+
+
+def trust_settle(c, norms, cells):
+    both = (norms[0] > 0.0) & (norms[1] > 0.0)
+    ratio = np.where(both, norms[0] / np.where(both, norms[1], 1.0), 1.0)
+    return (c[0] * ratio * c[1], 0.7), (1.0,)
+
+
+def trust_update(p, g, slots, c):
+    return p - g * c[1] * c[0], ()
+
+
+def trust_paper(p, g, state, hyper):
+    norms = np.sqrt((p * p).sum()), np.sqrt((g * g).sum())
+    ratio = norms[0] / norms[1] if norms[0] > 0.0 and norms[1] > 0.0 else 1.0
+    return p - 0.3 * 0.7 * hyper["lr"] * ratio * g, state
+
+
+@triton.jit
+def trust_scalars_kernel(h, step):
+    return h[0], 0.3
+
+
+@triton.jit
+def trust_measure_kernel(p, g, slots, c):
+    return p, g
+
+
+@triton.jit
+def trust_settle_kernel(c, norms, cells):
+    both = (norms[0] > 0.0) & (norms[1] > 0.0)
+    ratio = tl.where(both, norms[0] / tl.where(both, norms[1], 1.0), 1.0)
+    return (c[0] * ratio * c[1], 0.7), (1.0,)
+
+
+@triton.jit
+def trust_update_kernel(p, g, slots, c):
+    return p - g * c[1] * c[0], ()
+
+
+TRUST = {
+    "hyperparameters": {"lr": RATE},
+    "scalars": trust_scalars,
+    "measure": trust_measure,
+    "norms": 2,
+    "settle": trust_settle,
+    "cells": ("stepped",),
+}
+TRUST_KERNELS = Kernels(trust_update_kernel, trust_scalars_kernel, trust_measure_kernel, trust_settle_kernel)
+Trust = declare("Trust", trust_update, **TRUST, kernels=TRUST_KERNELS)
+
 # The name of a built-in rule, a flag as an `if`, and no kernels.
 
 

@@ -15,10 +15,10 @@ import torch, triton
 from benchmarks import aot
 from mpengine.kernels import launch, layout
 from tests.rules.broken_rules import thirteen_kernel
-from tests.rules.own_rules import Ratio, Steady
+from tests.rules.own_rules import Ratio, Steady, Trust
 
 hyper, max_norm = torch.zeros(1, layout.HYPER).double(), torch.ones(1).double()
-for kind in (Ratio, Steady):
+for kind in (Ratio, Trust, Steady):
     optimizer = kind([torch.nn.Parameter(torch.zeros(2))])
     rule = kind.family.variant(optimizer.param_groups[0])
     table, sources = aot._problem(rule, [torch.float16], 1, 1024, 1)
@@ -45,13 +45,17 @@ def test_declared_functions_compile_and_too_many_scalars_do_not():
     run = subprocess.run([sys.executable, "-c", COMPILED], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
-    assert lines[:6] == [
+    assert lines[:10] == [
         "Ratio _decide_kernel",
         "Ratio _update_kernel",
+        "Trust _decide_kernel",
+        "Trust _measure_kernel",
+        "Trust _settle_kernel",
+        "Trust _update_kernel",
         "Steady _decide_kernel",
         "Steady _measure_kernel",
         "Steady _settle_kernel",
         "Steady _update_kernel",
     ]
-    assert lines[6].startswith("refused:")
+    assert lines[10].startswith("refused:")
     assert "a rule's scalars are more than layout.SCALARS" in run.stdout

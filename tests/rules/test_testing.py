@@ -12,10 +12,22 @@ import torch
 
 import mpengine
 from mpengine import cpu, optim
+from mpengine.kernels import rules as kernel_rules
 from mpengine.rules import declare
-from mpengine.testing import RuleReport, check_rule, checking, equations, side_by_side, training
+from mpengine.testing import RuleReport, check_rule, checking, equations, side_by_side, training, twins
 from tests.rules import broken_rules
-from tests.rules.own_rules import PARTS, Ratio, Steady, paper, update
+from tests.rules.own_rules import (
+    PARTS,
+    TRUST,
+    Ratio,
+    Steady,
+    Trust,
+    paper,
+    trust_paper,
+    trust_settle,
+    trust_update,
+    update,
+)
 
 ROOT = Path(__file__).parents[2]
 GPU = torch.cuda.is_available()
@@ -24,7 +36,7 @@ GPU = torch.cuda.is_available()
 def test_a_sound_rule_passes_on_every_path_and_says_what_did_not_run():
     report = check_rule(Ratio, expected=paper, kernels=True)
     assert report.optimizer == "Ratio with lr=0.01, beta=0.9, eps=1e-08, maximize=False"
-    assert len(report.passed) == (10 if GPU else 9)
+    assert len(report.passed) == (13 if GPU else 12)
     assert "reference = Triton kernels" in str(report)
     assert report.not_run == (() if GPU else ("compiled Triton kernels: there is no GPU",))
     assert str(report).count("passed") == len(report.passed)
@@ -39,6 +51,10 @@ def test_sound_rules_pass_without_kernels(make):
         "equations: no expected= was given",
     )
     assert isinstance(report, RuleReport)
+
+
+def test_constants_among_the_scalars_pass_on_every_path():
+    assert "reference = Triton kernels" in str(check_rule(Trust, expected=trust_paper, kernels=True))
 
 
 def test_the_options_that_were_tested_are_told():
@@ -86,6 +102,14 @@ def test_other_optimizers_are_refused():
         check_rule(lambda params: torch.optim.SGD(params, lr=0.1))
 
 
+@pytest.mark.parametrize("make", [Ratio([torch.nn.Parameter(torch.zeros(2))]), 3])
+def test_instances_are_refused(make):
+    with pytest.raises(
+        TypeError, match=r"make is an instance of (Ratio|int); give the optimizer's class, or a function"
+    ):
+        check_rule(make)
+
+
 # Broken rules.
 
 RETURNS = {
@@ -108,6 +132,7 @@ SCALARS = {
     "of_all_steps": "scalars gives number 4 at step 1 as",
     "without_bound": "at steps [   1    2 1000]; it must be finite",
     "of_another_length": "scalars gives number 5 as float64[4]; it must be float64[3]",
+    "with_if": "scalars raises ValueError (The truth value of an array",
 }
 SETTLES = {
     "without_cell": "settle returned 0 cells; the rule has 1: ['mean_norm']",
@@ -153,7 +178,10 @@ def test_every_broken_function_has_its_test():
         ("other_brackets", r"differs after update of step 0: \d+ of \d+ elements, by .* at most, first at \d+: "),
         ("old_slot", r"slot 'magnitude' of tensor \d+ .* differs after update of step 0"),
         ("too_few_slots", r"update of step 0 fails where the reference does not"),
-        ("other_scalars", r"scalars differs after decide of step 0"),
+        ("other_scalars", r"scalars differ at 66 of 97 step counts, first at step 1: number 4 is .* the reference has"),
+        ("late_scalars", r"scalars differ at 73 of 97 step counts, first at step 25: number 4 is .* the reference has"),
+        ("switched", r"differs after update of step 4"),
+        ("zero_settle", r"scalars differs after settle of step 0: 1 of"),
         ("other_settle", r"cell 'mean_norm' of tensor \d+ .* differs after settle of step 0"),
         ("other_measure", r"cell 'mean_norm' of tensor \d+ .* differs after settle of step 0"),
     ],
@@ -161,6 +189,42 @@ def test_every_broken_function_has_its_test():
 def test_triton_functions_that_are_no_twins_are_found(name, message):
     with pytest.raises(AssertionError, match=message):
         check_rule(broken_rules.TWINS[name], kernels=True)
+
+
+FP32 = {
+    "divides": [r"`m / (a + c[3])` is an approximation on a GPU; write tl.div_rn(a, b)."],
+    "divides_numbers": ["`rate /= c[1]` is an approximation on a GPU"],
+    "takes_roots": ["`tl.sqrt` is an approximation on a GPU; write tl.sqrt_rn(x)."],
+    "fuses": ["`tl.fma` rounds once where the CPU rounds twice"],
+    "takes_exponentials": ["log` does not round on a GPU as", "`tl.math.exp` does not round on a GPU as"],
+    "adds_up": ["`tl.sum` works on a block of elements"],
+}
+
+
+@pytest.mark.parametrize("twin", broken_rules.FP32, ids=list(FP32))
+def test_arithmetic_that_only_a_gpu_rounds_otherwise_is_found(twin):
+    with pytest.raises(AssertionError) as error:
+        twins.check_source("update", twin)
+    _, *told = str(error.value).splitlines()
+    messages = FP32[twin.fn.__name__]
+    assert len(told) == len(messages)
+    lines = Path(broken_rules.__file__).read_text().splitlines()
+    for line, message in zip(told, messages, strict=True):
+        assert message in line
+        number = int(re.match(r"  broken_rules\.py:(\d+): ", line).group(1))
+        assert re.search(r"`([^`]*)`", line).group(1) in lines[number - 1]
+
+
+def test_twins_are_read_by_check_rule_too():
+    with pytest.raises(AssertionError, match=r"the Triton twin of update has no bits to rely on:\n  broken_rules"):
+        check_rule(broken_rules.Rooted, kernels=False)
+
+
+def test_the_engines_own_functions_have_no_such_arithmetic():
+    functions = [*kernel_rules.RULES.values(), *kernel_rules.MEASURES.values()]
+    assert len(functions) > 10
+    for function in functions:
+        twins.check_source("update", function)
 
 
 def test_an_optimizer_that_is_another_by_itself_is_found():
@@ -186,7 +250,9 @@ def test_other_equations_are_found():
         p, state = paper(p, g, {**state, "t": 10**6}, hyper)
         return p, state
 
-    with pytest.raises(AssertionError, match=r"after step 1 weight \d+ is .*, the equations' is .* apart, on a way of"):
+    with pytest.raises(
+        AssertionError, match=r"after step 1 weight \d+ of a tensor is .*, the equations' is .* apart, on"
+    ):
         check_rule(Ratio, expected=uncorrected, kernels=False)
 
 
@@ -195,8 +261,57 @@ def test_equations_that_say_nothing_are_found():
         check_rule(Ratio, expected=paper, kernels=False, tolerance=1e9)
     with pytest.raises(AssertionError, match="went less than ten times their rounding in 20 steps"):
         equations.deviation(lambda params: Ratio(params, lr=1e-8), paper, 20, 1e-5)
-    with pytest.raises(AssertionError, match=r"expected returned a ndarray and a list; it must return \(p, state\)"):
-        check_rule(Ratio, expected=lambda p, g, state, hyper: (p, []), kernels=False)
+
+
+def test_equations_that_are_otherwise_later_are_found():
+    def late(p, g, state, hyper):
+        after, state = paper(p, g, state, hyper)
+        return (after if state["t"] < 400 else p + 1.01 * (after - p)), state
+
+    equations.deviation(Ratio, late, 20, 1e-5)
+    with pytest.raises(AssertionError, match=r"after step [45]\d\d weight \d+ of a tensor .* the equations' is"):
+        check_rule(Ratio, expected=late, kernels=False)
+
+
+def test_equations_of_zeros_are_compared():
+    def still(c, norms, cells):
+        """A rate of 0 for weights of 0, on both sides."""
+        (rate, *others), cells = trust_settle(c, norms, cells)
+        return (np.where(norms[0] > 0.0, rate, 0.0), *others), cells
+
+    make = declare("Broken", trust_update, **{**TRUST, "settle": still})
+    with pytest.raises(AssertionError, match=r"after step 1 weight \d+ of a tensor whose weights begin at 0 is 0, the"):
+        equations.deviation(make, trust_paper, 20, 1e-5)
+
+    def nothing(p, g, state, hyper):
+        p, state = paper(p, g, state, hyper)
+        return p + 0.0 * (g / np.abs(g)), state
+
+    with pytest.raises(AssertionError, match=r"of a tensor whose first 3 gradients are 0 .* the equations' is nan"):
+        equations.deviation(Ratio, nothing, 20, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("returned", "told"),
+    [
+        (None, "a NoneType"),
+        (np.zeros(1000), "a ndarray"),
+        ((np.zeros(1000), []), r"\(float64\[1000\], a list\)"),
+        ((np.zeros(1000, np.float32), {}), r"\(float32\[1000\], a dict\)"),
+        ((np.zeros(3), {}), r"\(float64\[3\], a dict\)"),
+        ((1.0, {}), r"\(a float, a dict\)"),
+    ],
+)
+def test_malformed_equations_are_refused(returned, told):
+    message = rf"expected returned {told}; it must return \(p, state\): float64\[1000\] and a dict"
+    with pytest.raises(AssertionError, match=message):
+        equations.deviation(Ratio, lambda p, g, state, hyper: returned, 20, 1e-5)
+
+
+@pytest.mark.parametrize("expected", [5, lambda p, g: p])
+def test_what_cannot_be_equations_is_refused(expected):
+    with pytest.raises(TypeError, match=r"give a function \(p, g, state, hyper\) -> \(p, state\)"):
+        check_rule(Ratio, expected=expected)
 
 
 # A broken engine.
