@@ -54,7 +54,8 @@ class Ledger:
 
     Attributes:
         zeros_drop: Whether `.grad` that somebody has set to zeros in place, as `model.zero_grad(set_to_none=False)`
-            does, drops what else was pending on its parameter; else such an edit is refused like any other.
+            does, drops what else was pending on its parameter; else such an edit is refused like any other. Zeros that
+            a pass does not reach are then nobody's; else they are that pass's.
         refuses_replaced: Whether another tensor in the place of a pending, scaled `.grad` is an error; else it is a
             gradient without a record.
     """
@@ -362,7 +363,8 @@ class Ledger:
                 del self._records[key]
                 continue
             if param.grad is not None:
-                record.reached(param.grad, label, local=key in local)
+                if not (self.zeros_drop and record.is_blank(param.grad)):
+                    record.reached(param.grad, label, local=key in local)
             elif record.aside:
                 _restore(param, record)
             if param.grad is None or (not all_recorded and not record.aside and record.label is label):
@@ -404,7 +406,7 @@ class Ledger:
             if record is None or grad is None or not record.is_scaled():
                 continue
             if record.holds(param, grad) and record.version != grad._version:
-                return True
+                return bool(grad.any())  # one sync: zeroing in place is no edit
         return False
 
     def _was_zeroed(self, grad: Tensor) -> bool:

@@ -181,6 +181,10 @@ class Record:
         """Whether `.grad`, as it was noted, carries a scale and waits to be stepped."""
         return self.label is not None and self.label.scale is not None and not self.spent
 
+    def is_blank(self, grad: Tensor) -> bool:
+        """Whether `.grad` was zeros when a pass began, and that has not reached it."""
+        return self.blank and self.grad() is grad and self.version == grad._version
+
     def reached(self, grad: Tensor, label: Label, local: bool) -> None:
         """A backward pass is over; where it wrote this gradient, it left it local or averaged it over all ranks."""
         if self.grad() is not grad or self.version != grad._version:

@@ -187,3 +187,19 @@ def test_a_loss_beyond_num_losses_and_enabled_as_a_string():
     assert model.weight.dtype is torch.float32
     with pytest.raises(ValueError, match="enabled must be a boolean"):
         amp.initialize(model, enabled="no")
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_zeros_that_a_delayed_pass_does_not_reach_are_not_of_it(level):
+    """Else a step on them would judge that pass, which is judged with the next one of its loss."""
+    first, second = Weights(), Weights()
+    (first, second), (one, two) = amp.initialize([first, second], [sgd(first), sgd(second)], opt_level=level, **DYNAMIC)
+    backward(second, two, [1.0] * 3)
+    two.step()
+    two.zero_grad(set_to_none=False)
+    backward(first, one, [1.0] * 3, delay_unscale=True)
+    two.step()
+    backward(first, one, [1.0] * 3)
+    one.step()
+    assert (master(one), master(two)) == ([-2.0] * 3, [-1.0] * 3)
+    assert amp.state_dict()["loss_scaler0"]["unskipped"] == 2
