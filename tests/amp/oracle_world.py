@@ -307,10 +307,15 @@ class World:
     # What a script does besides.
 
     def zero(self, who: str = "model", set_to_none: bool = True, which: Iterable[int] | None = None) -> None:
-        """`model.zero_grad()` or `optimizer.zero_grad()`; `which`: of these optimizers' parameters."""
+        """`model.zero_grad()` or `optimizer.zero_grad()`; `which`: of these optimizers' parameters.
+
+        A skip that is due goes with the gradients; where the model zeroes them in place, at the next pass, and a step
+        before that is skipped, as in apex. Those are zeroed by the optimizer here.
+        """
         which = range(self.count) if which is None else which
         for o in which:
-            zeroed = self.nets[o] if who == "model" else self.optimizers[o]
+            unseen = self.trained[o].found and not set_to_none
+            zeroed = self.nets[o] if who == "model" and not unseen else self.optimizers[o]
             zeroed.zero_grad(set_to_none=set_to_none)
             self.trained[o].zero(set_to_none)
 
