@@ -97,9 +97,11 @@ def clipped_to(optimizer, param, norm):
     """Whether a second step, after one of small gradients, is that of gradients of this norm: LAMB forgets a factor."""
     twin = torch.nn.Parameter(param.detach().clone())
     free = LAMB([twin], **FREE)
-    for size in (0.01, 100.0):
-        param.grad, twin.grad = torch.full_like(param, size), torch.full_like(twin, min(size, norm / len(twin) ** 0.5))
-        optimizer.step(), free.step()
+    small, large = torch.linspace(0.01, 0.02, 16), torch.tensor([1.0, -1.0] * 8)  # of norm 4
+    for grad, clipped in ((small, small), (large * 25.0, large * (norm / 4.0))):
+        param.grad, twin.grad = grad.clone(), clipped.clone()
+        optimizer.step()
+        free.step()
     return torch.allclose(param, twin, rtol=1e-6, atol=0.0)
 
 
