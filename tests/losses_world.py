@@ -272,6 +272,8 @@ class World:
         if votes.stage == STEPPED or self.edited or self.foreign & set(OWNED[o]):
             self.refused(call, RuntimeError)
             return
+        if self.has_masters[o] and votes.stage == UNSCALED and not any(owned):
+            return  # what unscale_ found was dropped; tests of the step look at that
         looks = self.has_masters[o] or votes.stage == READY or any(t.scale is not None for p in owned for t in p)
         if not (looks and any(owned)) and not (votes.found and not self.has_masters[o]):
             self.refused(call, AssertionError)
