@@ -272,8 +272,9 @@ class World:
         if votes.stage == STEPPED or self.edited or self.foreign & set(OWNED[o]):
             self.refused(call, RuntimeError)
             return
-        if self.has_masters[o] and votes.stage == UNSCALED and not any(owned):
-            return  # what unscale_ found was dropped; tests of the step look at that
+        if self.has_masters[o] and votes.found and not any(owned):
+            self._step_on_nothing(o, call)
+            return
         looks = self.has_masters[o] or votes.stage == READY or any(t.scale is not None for p in owned for t in p)
         if not (looks and any(owned)) and not (votes.found and not self.has_masters[o]):
             self.refused(call, AssertionError)
@@ -300,6 +301,14 @@ class World:
                 assert self.params[i].tolist() == master.half().tolist()
         if self.has_masters[o]:
             assert optimizer.last_step_skipped == skip
+        self.check()
+
+    def _step_on_nothing(self, o: int, call: Callable[[], Any]) -> None:
+        """What unscale_ has found was dropped since: the step is one in name alone."""
+        before = [tensor.tolist() for tensor in (*self.masters(o), *(self.params[i] for i in OWNED[o]))]
+        call()
+        assert [tensor.tolist() for tensor in (*self.masters(o), *(self.params[i] for i in OWNED[o]))] == before
+        self.votes[o].stage = STEPPED
         self.check()
 
     def totals(self, o: int) -> dict[int, Tensor | None]:

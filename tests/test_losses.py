@@ -25,7 +25,7 @@ from mpengine import GradScaler, MixedPrecisionOptimizer, cpu, gradients, plain,
 from mpengine.gradients import Ledger
 from mpengine.kernels import layout
 from mpengine.loss_scales import LossScales
-from tests.losses_world import KINDS, OWNED, SIZES, World
+from tests.losses_world import KINDS, OWNED, SIZES, STEPPED, World
 
 INF, NAN = math.inf, math.nan
 U = 2.0**-24
@@ -1064,6 +1064,24 @@ class Machine(RuleBasedStateMachine):
 
 
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+@pytest.mark.parametrize("which", ["model", "0"])
+def test_a_step_on_what_unscale_found_and_the_user_dropped(stepped, which):
+    world = World("masters", 2)
+    for k in range(2):
+        world.backward(world.scale(k, {0: [1.0, 1.0, 2.0], 2: [1.0, 1.0]}))
+    if stepped:
+        world.step(0)
+        world.update()
+    world.unscale(0)
+    world.zero(which, True)
+    world.step(0)
+    assert world.votes[0].stage == STEPPED
+    world.update()
+    world.backward(world.scale(0, {0: [1.0, 1.0, 2.0], 2: [1.0, 1.0]}))
+    world.step(0)
 
 
 def test_state_machine():
