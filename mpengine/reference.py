@@ -31,6 +31,7 @@ from torch import Tensor
 from mpengine.kernels import layout
 from mpengine.masters import DeviceSchedule, TensorTable, flat
 from mpengine.rules import BUILT_IN, FAMILIES, Family, Rule
+from mpengine.rules.arithmetic import square_sum
 from mpengine.scaling import ScalePolicy, ScaleState, Vote, next_state
 from mpengine.sources import Source, SourceTable
 
@@ -228,7 +229,8 @@ def update(table: TensorTable, sources: SourceTable, rule: Rule, decision: Tenso
 def measure(table: TensorTable, sources: SourceTable, rule: Rule, decision: Tensor) -> None:
     """Writes `table.norms[rule].partials`: sums of squares of what the rule measures, for tensors with a gradient.
 
-    Each square is rounded to FP32, the sum is of float64. Here the first program of a tensor holds all of its sums.
+    Each square is rounded to FP32, the sum is of float64, infinite where it is not finite. Here the first program of a
+    tensor holds all of its sums.
     """
     if rule.measure is None or bool(decision[layout.SKIP] != 0):
         return
@@ -243,7 +245,7 @@ def measure(table: TensorTable, sources: SourceTable, rule: Rule, decision: Tens
             slots = tuple(flat(slot)[here] for slot in entry.slots)
             measured = rule.measure(flat(entry.master)[here], total * clip, slots, scalars[i])
             for j, x in enumerate(measured):
-                norms.partials[first, j] += (x * x).sum(dtype=torch.float64)
+                norms.partials[first, j] += square_sum(x)
 
 
 @torch.no_grad()

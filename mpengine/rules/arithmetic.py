@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -37,3 +38,9 @@ def sqrt_rn(x: Tensor) -> Tensor:
     root = torch.empty_like(x)  # NumPy by itself would return a number where x has no dimension
     np.sqrt(x.numpy(), out=root.numpy())
     return root
+
+
+def square_sum(x: Tensor) -> float:
+    """Of FP32 elements, each square rounded to FP32, added in float64; infinite where it is not finite."""
+    total = float((x * x).sum(dtype=torch.float64))
+    return total if math.isfinite(total) else math.inf

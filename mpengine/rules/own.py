@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mpengine.kernels import layout
+from mpengine.rules.arithmetic import square_sum
 from mpengine.rules.declaration import Columns, Family, Rule
 from mpengine.rules.hyperparameters import Hyperparameter
 
@@ -163,7 +164,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         c = _rounded(self.family.scalars(self._row(group), np.array([step])))
         if rule.settle is not None:
             measured = () if rule.measure is None else rule.measure(p, grad, slots, c)
-            norms = [np.sqrt(np.array([float((x * x).sum(dtype=torch.float64))])) for x in measured]
+            norms = [np.sqrt(np.array([square_sum(x)])) for x in measured]
             cells = [np.array([float(state[name])]) for name in rule.cells]
             settled, new_cells = rule.settle([np.array([x]) for x in c], norms, cells)
             c[: len(settled)] = _rounded(settled)

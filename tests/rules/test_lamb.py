@@ -6,8 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from mpengine import MixedPrecisionOptimizer, rules
+from mpengine import MixedPrecisionOptimizer, reference, rules
+from mpengine.kernels import launch
 from mpengine.optim import LAMB
+from tests.kernels.harness import (
+    CPU,
+    DEVICE,
+    Problem,
+    Spec,
+    assert_same,
+    build,
+    run_decide,
+    run_inspect,
+    run_measure,
+)
 from tests.rules.properties import check_equations, check_kernels, check_learns, check_run, exact, numbers
 
 FREE = {"max_grad_norm": None}  # the clip has its own test
@@ -141,6 +153,21 @@ def test_its_clipping_cannot_be_scheduled():
 
 def test_the_kernels_have_the_same_bits():
     check_kernels(LAMB, {"weight_decay": 0.1}, {"use_nvlamb": True, "adam_w_mode": False})
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_gives_the_kernels_the_same_norms(bad):
+    problem = Problem((Spec((20000,)), Spec((31,))), LAMB, ({"weight_decay": 0.1},))
+    worlds = []
+    for device, module in ((CPU, reference), (DEVICE, launch)):
+        world = build(problem, device)
+        world.table.entries[0].master[3] = bad
+        for run in (run_inspect, run_decide, run_measure):
+            run(world, module)
+        worlds.append(world)
+    sums = [norms.partials.sum(dim=0).tolist() for world in worlds for norms in world.table.norms.values()]
+    assert sums == [[float("inf")] * 2] * 2
+    assert_same(*worlds)
 
 
 def test_in_a_run():
